@@ -1,0 +1,174 @@
+"""Checkpoints: written so that a crash at any point leaves a verified one, read only if verified.
+
+A checkpoint `NAME.pth` counts if its sidecar `NAME.pth.sha256`, which `sha256sum -c` accepts, holds
+its hash. The sidecar is written last: it is the commit. What differs from torchvision: its scripts
+overwrite the one file in place, and `torch.load` does not notice flipped bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("retinanet")
+
+NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write `state`, plain types and tensors, to `path`; the checkpoint that was there stays valid.
+
+    While the new one replaces it, the old one is at hand as `checkpoint.previous.pth`.
+
+    Raises:
+        OSError: names the path, if the disk is full or not writable; what was there is intact.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    data = buffer.getbuffer()
+    temporary = path.with_name(path.name + ".tmp")
+    _write(temporary, data)
+    if is_verified(path):
+        copy(path, path.with_name(PREVIOUS), link=True)
+    os.replace(temporary, path)
+    _commit(path, hashlib.sha256(data).hexdigest())
+
+
+def copy(source: Path, target: Path, link: bool = False) -> None:
+    """Make `target` a second verified checkpoint like `source`, which has to be one.
+
+    `link` shares the file instead of its content, for a source that is about to be replaced.
+    """
+    digest = _sidecar(source).read_text().split()[0]
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    if link:
+        os.link(source, temporary)
+    else:
+        shutil.copyfile(source, temporary)
+        _sync(temporary)
+    os.replace(temporary, target)
+    _commit(target, digest)
+
+
+def is_verified(path: Path) -> bool:
+    """Return whether `path` has a sidecar and the content that it states."""
+    try:
+        stated = _sidecar(path).read_text().split()
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return stated[:1] == [digest.hexdigest()]
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint in `folder` that verifies, None if there never was one.
+
+    Each newer one that does not verify is reported.
+
+    Raises:
+        ValueError: names every checkpoint in `folder`, if there are some and none verifies.
+    """
+    numbered = sorted(folder.glob("model_*.pth"), key=lambda path: -path.stat().st_mtime)
+    candidates = [folder / NEWEST, folder / PREVIOUS, *numbered, folder / "best.pth"]
+    candidates = [path for path in candidates if path.exists()]
+    for path in candidates:
+        if is_verified(path):
+            return path
+        logger.warning("%s is damaged: it does not match %s", path, _sidecar(path).name)
+    if candidates:
+        names = ", ".join(path.name for path in candidates)
+        raise ValueError(
+            f"no checkpoint in {folder} verifies ({names}); restore one with its .sha256 from a "
+            "copy, or start anew in another --output-dir"
+        )
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, verified if it has a sidecar; only tensors and plain types.
+
+    Raises:
+        ValueError: names the file and the fix, if it is missing, damaged or of another kind.
+    """
+    if not path.is_file():
+        raise ValueError(f"--resume {path}: the file does not exist")
+    if _sidecar(path).exists() and not is_verified(path):
+        raise ValueError(
+            f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"--resume {path}: not a file of tensors and plain types, or damaged: {reason}"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def check_same_run(
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Sequence[str], source: Path
+) -> None:
+    """Raise ValueError, listing old → new, unless a checkpoint continues the run described `now`.
+
+    Settings in `may_change`, such as another learning rate, are legal and said.
+    """
+    differing = [name for name in now if saved.get(name) != now[name]]
+    changes = [f"{name}: {saved.get(name)} → {now[name]}" for name in differing]
+    refused = [c for name, c in zip(differing, changes, strict=True) if name not in may_change]
+    if refused:
+        raise ValueError(
+            f"--resume {source} is a run with other settings: {'; '.join(refused)}; give the old "
+            "ones, or start anew in another --output-dir (with --weights to begin from its weights)"
+        )
+    for change in changes:
+        logger.warning("resuming with another %s", change)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that a killed process left in `folder`."""
+    for path in folder.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _commit(path: Path, digest: str) -> None:
+    sidecar = _sidecar(path)
+    temporary = sidecar.with_name(sidecar.name + ".tmp")
+    _write(temporary, f"{digest}  {path.name}\n".encode())
+    os.replace(temporary, sidecar)
+    _sync(path.parent)
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """See a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

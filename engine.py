@@ -1,0 +1,348 @@
+"""The training loop and the evaluation loop: plain values in, plain values out.
+
+What differs from torchvision's references/detection/engine.py: the loop can start and stop at any
+optimizer step and ends bit-identical to one that did not; a step waits for the device once, for the
+losses and the flags of all processes together, and that while the backward pass is still running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+import utils
+from coco_eval import CocoEvaluator
+from utils import Processes, logger
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+@dataclass
+class TrainState:
+    """All that changes while a run trains, which is what a checkpoint must hold.
+
+    Attributes:
+        epoch: the one in progress, or next.
+        step: optimizer steps done in the whole run.
+        position: micro-batches of this epoch done, over all processes.
+        window: sums since the last logged line, by name; the same on every process.
+        best: the best AP so far, None before the first evaluation.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    ema: AveragedModel | None = None
+    epoch: int = 0
+    step: int = 0
+    position: int = 0
+    window: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain types and tensors, for `checkpoint.save`."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "position": self.position,
+            "window": dict(self.window),
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, perhaps in another process."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"] or state["model"])
+            self.ema.n_averaged.fill_(state["step"])
+        # The rate of each group comes from the schedule, so that another one takes effect.
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
+        self.window, self.best = dict(state["window"]), state["best"]
+        self.scheduler.last_epoch = self.step
+        for group, rate, factor in zip(
+            self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["initial_lr"] = rate
+            group["lr"] = rate * factor(self.step)
+
+    @property
+    def model_to_evaluate(self) -> nn.Module:
+        """The averaged weights where there are some."""
+        return self.model if self.ema is None else self.ema.module
+
+
+def train_one_epoch(
+    model: nn.Module,
+    state: TrainState,
+    batches: Iterable[Batch],
+    processes: Processes,
+    *,
+    seed: int,
+    batches_per_step: int,
+    weight: Callable[[int], float],
+    after_step: Callable[[dict[str, float] | None, bool], bool],
+    amp_dtype: torch.dtype | None = None,
+    clip_grad_norm: float | None = None,
+    print_freq: int = 50,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train from `state.position` to the end of the epoch, or to a stop between two steps.
+
+    Args:
+        model: `state.model`, or that wrapped in DistributedDataParallel.
+        batches: this process's micro-batches from `state.position` on.
+        seed: of random numbers that the model draws, with epoch and position.
+        batches_per_step: micro-batches per optimizer step, over all processes.
+        weight: what the loss of the micro-batch at a position of the epoch counts.
+        after_step: called after each step with a line for the log (every `print_freq` steps, else
+            None) and whether any process asked to stop; returns whether to stop.
+        amp_dtype: of autocast; None is fp32.
+        clip_grad_norm: the largest L2 norm of all gradients together; None is no limit.
+        should_stop: whether this process was asked to stop.
+
+    Returns:
+        Whether the epoch was finished.
+
+    Raises:
+        FloatingPointError: on every process at the same step, before the step is taken, if a loss
+            is not finite; the process where it happened names the images.
+    """
+    model.train()
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    clock = _Clock()
+    steps = _steps(batches, batches_per_step // processes.world_size)
+    for micro_batches in clock.watch(steps):
+        sums: dict[str, Tensor] = {}
+        for number, (images, targets) in enumerate(micro_batches):
+            position = state.position + number * processes.world_size + processes.rank
+            # Whatever the model draws depends on its place in the run, not on what came before.
+            torch.manual_seed(utils.derive_seed(seed, state.epoch, position))
+            is_last = number == len(micro_batches) - 1
+            with _no_sync(model, is_last), _autocast(processes.device, amp_dtype):
+                losses = model(*to_device(images, targets, processes.device))
+                loss = torch.stack(list(losses.values())).sum() * weight(position)
+            for name, value in {"loss": loss, **losses}.items():
+                share = value.detach() * (1.0 if name == "loss" else weight(position))
+                sums[name] = sums[name] + share if name in sums else share
+            if is_last:
+                flags = _Flags(sums, should_stop(), processes)
+            with _no_sync(model, is_last):
+                state.scaler.scale(loss).backward()
+
+        stop, means = flags.wait()
+        if not all(map(math.isfinite, means.values())):
+            _raise_not_finite(state.step + 1, sums, means, micro_batches)
+        if clip_grad_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        learning_rate = state.optimizer.param_groups[0]["lr"]
+        state.scheduler.step()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+
+        state.step += 1
+        state.position += batches_per_step
+        for name, value in {"steps": 1.0, **means}.items():
+            state.window[name] = state.window.get(name, 0.0) + value
+        images_done = sum(len(images) for images, _ in micro_batches) * processes.world_size
+        clock.count(images_done)
+        line = None
+        if state.step % print_freq == 0:
+            count = state.window.pop("steps")
+            line = {name: total / count for name, total in state.window.items()}
+            line |= {"lr": learning_rate, **clock.read(processes.device)}
+            state.window.clear()
+        if after_step(line, stop):
+            return False
+    return True
+
+
+def _steps(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Group this process's micro-batches by optimizer step."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+class _Flags:
+    """A step's losses and the wish to stop, summed over processes, on their way to the host.
+
+    Made before the backward pass and read after it: by the time that the host has launched that,
+    the copy is long done, and the device does not run dry.
+    """
+
+    def __init__(self, sums: dict[str, Tensor], should_stop: bool, processes: Processes) -> None:
+        self.names = list(sums)
+        # Each process's sum counts `weight`, whose average over processes is the mean of the step.
+        values = [value.float() / processes.world_size for value in sums.values()]
+        stop = values[0].new_full((), float(should_stop))
+        packed = torch.stack([stop, *values])
+        if processes.world_size > 1:
+            dist.all_reduce(packed)
+        self.event = None
+        self.packed = packed
+        if packed.is_cuda:
+            self.packed = torch.empty(packed.shape, pin_memory=True)
+            self.packed.copy_(packed, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def wait(self) -> tuple[bool, dict[str, float]]:
+        """Return whether any process wants to stop, and the mean losses over processes."""
+        if self.event is not None:
+            self.event.synchronize()
+        stop, *means = self.packed.tolist()
+        return stop > 0, dict(zip(self.names, means, strict=True))
+
+
+def _raise_not_finite(
+    step: int, sums: dict[str, Tensor], means: dict[str, float], micro_batches: list[Batch]
+) -> None:
+    if not all(bool(value.isfinite()) for value in sums.values()):
+        image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
+        logger.error("the loss is not finite on the images with the ids %s", image_ids)
+    raise FloatingPointError(
+        f"the loss of step {step} is not finite ({means}); the weights are those of the step "
+        "before; check the boxes of these images (python -m tools.check_data), lower --lr, or "
+        "limit gradients with --clip-grad-norm 1"
+    )
+
+
+class _Clock:
+    """Measure images per second and the share of time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def watch(self, steps: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Yield from `steps`, timing each wait."""
+        while True:
+            begin = time.perf_counter()
+            step = next(steps, None)
+            self.waited += time.perf_counter() - begin
+            if step is None:
+                return
+            yield step
+
+    def count(self, images: int) -> None:
+        """Count images that all processes together have trained on."""
+        self.images += images
+
+    def read(self, device: torch.device) -> dict[str, float]:
+        """Return the figures since the last call, and start anew."""
+        elapsed = time.perf_counter() - self.start
+        figures = {
+            "images_per_second": self.images / elapsed,
+            "data_time_share": self.waited / elapsed,
+        }
+        if device.type == "cuda":
+            figures["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        self._restart()
+        return figures
+
+
+def to_device(
+    images: list[Tensor], targets: list[dict[str, Tensor]], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Move a batch without waiting; uint8 images `[3, H, W]` become float32 in 0..1 there."""
+    moved = [image.to(device, non_blocking=True).float().div_(255) for image in images]
+    keys = ("boxes", "labels")
+    return moved, [{k: t[k].to(device, non_blocking=True) for k in keys} for t in targets]
+
+
+def _no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager[None]:
+    """Keep DDP from reducing gradients before the last micro-batch of a step."""
+    if is_last or not isinstance(model, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation gives on rank 0.
+
+    Attributes:
+        metrics: COCO's twelve numbers by name.
+        table: the same as COCO prints them.
+        detections: `[D, 7]`, as `CocoEvaluator.gather` returns them.
+        speed: images per second of the whole evaluation and of the model alone, of all processes,
+            and the share of the time that scoring took.
+    """
+
+    metrics: dict[str, float]
+    table: str
+    detections: np.ndarray
+    speed: dict[str, float]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    evaluator: CocoEvaluator,
+    processes: Processes,
+    *,
+    backend: str = "hotcoco",
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[bool, Evaluation | None]:
+    """Run the model over this process's share of the images, and score all shares on rank 0.
+
+    Returns:
+        Whether it was finished (not, if any process was asked to stop); the result on rank 0.
+    """
+    model.eval()
+    start, model_seconds, images_done = time.perf_counter(), 0.0, 0
+    for images, targets in batches:
+        if should_stop():
+            break
+        begin = time.perf_counter()
+        detections = model(to_device(images, targets, processes.device)[0])
+        evaluator.update([int(t["image_id"]) for t in targets], detections)
+        model_seconds += time.perf_counter() - begin  # `update` has waited for the device
+        images_done += len(images)
+    totals = processes.sum([float(should_stop()), images_done, model_seconds])
+    if totals[0] > 0:
+        return False, None
+    detected = time.perf_counter()
+    rows = evaluator.gather(processes)
+    if rows is None:
+        return True, None
+    metrics, table = evaluator.score(rows, backend)
+    seconds = time.perf_counter() - start
+    speed = {
+        "images_per_second": totals[1] / seconds,
+        "model_images_per_second": totals[1] * processes.world_size / totals[2],
+        "scoring_share": (time.perf_counter() - detected) / seconds,
+    }
+    return True, Evaluation(metrics, table, rows, speed)

@@ -1,0 +1,137 @@
+"""Which images form a batch, and in which order: aspect-ratio groups, seeded and resumable.
+
+Source: torchvision's references/detection/group_by_aspect_ratio.py for the groups. What differs:
+the groups are cut over the whole data set and not per process, no image is dropped or repeated,
+and an epoch's order is a pure function of (seed, epoch, batch size, data), so that resuming, also
+with another number of processes, is slicing a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def aspect_ratio_groups(sizes: np.ndarray, factor: int) -> np.ndarray:
+    """Assign every image to a group of like aspect ratio (width / height).
+
+    The borders lie at 2 ** (i / factor) for i = -factor … factor, as in torchvision.
+
+    Args:
+        sizes: `[I, 2]` (H, W), pixels.
+        factor: groups per octave; 0 splits at 1 (landscape, portrait), negative is one group.
+
+    Returns:
+        `[I]` int64 group numbers from 0.
+    """
+    if factor < 0:
+        return np.zeros(len(sizes), dtype=np.int64)
+    borders = 2 ** np.linspace(-1, 1, 2 * factor + 1) if factor > 0 else np.array([1.0])
+    return np.searchsorted(borders, sizes[:, 1] / sizes[:, 0], side="right").astype(np.int64)
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """Return a permutation of `range(count)` that depends on `key` alone.
+
+    NumPy promises the raw stream of a bit generator for all platforms and releases, but not what
+    `Generator.permutation` makes of it; hence the stable sort of raw 64-bit words.
+    """
+    words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Cut a shuffled data set into micro-batches of one group each, and shuffle those.
+
+    What is left over in each group (fewer than `batch_size` images) forms mixed batches of
+    neighbouring groups, of which the last may be short.
+
+    Args:
+        groups: `[I]` group number of every image.
+
+    Returns:
+        `[B, batch_size]` int64 image indices, -1 where the one short batch has no image.
+    """
+    shuffled = permutation(len(groups), seed, epoch, 0)
+    by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    sizes = np.bincount(groups)
+    place_in_group = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    is_left_over = place_in_group >= np.repeat(sizes // batch_size * batch_size, sizes)
+    ordered = np.concatenate([by_group[~is_left_over], by_group[is_left_over]])
+    num_batches = -(-len(groups) // batch_size)
+    padding = np.full(num_batches * batch_size - len(groups), -1)
+    batches = np.concatenate([ordered, padding]).reshape(num_batches, batch_size)
+    return batches[permutation(num_batches, seed, epoch, 1)]
+
+
+class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
+    """Yield this process's micro-batches of an epoch as lists of (epoch, image index).
+
+    Micro-batch s * world_size + rank is this process's s-th. An epoch ends with a full optimizer
+    step: where the list does not fill it, its first batches stand in, and the training loop gives
+    them weight 0 (`weight`), so every image counts once.
+
+    Args:
+        groups: `[I]` group number of every image.
+        batch_size: images per micro-batch.
+        batches_per_step: micro-batches per optimizer step, over all processes.
+    """
+
+    def __init__(
+        self,
+        groups: np.ndarray,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        batches_per_step: int = 1,
+    ) -> None:
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.rank, self.world_size, self.batches_per_step = rank, world_size, batches_per_step
+        self.num_batches = -(-len(groups) // batch_size)
+        self.steps_per_epoch = -(-self.num_batches // batches_per_step)
+        self.epoch, self.position = 0, 0
+
+    def set_epoch(self, epoch: int, position: int = 0) -> None:
+        """Choose the epoch, and how many of its micro-batches (of all processes) are done."""
+        self.epoch, self.position = epoch, position
+
+    def weight(self, position: int) -> float:
+        """Return what the loss of micro-batch `position` of the epoch counts.
+
+        DDP averages gradients over the processes and accumulation adds them up, so that with this
+        weight a step's gradient is the mean over the micro-batches that it really has.
+        """
+        if position >= self.num_batches:
+            return 0.0
+        first = position // self.batches_per_step * self.batches_per_step
+        return self.world_size / min(self.batches_per_step, self.num_batches - first)
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch * self.batches_per_step - self.position) // self.world_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches = epoch_batches(self.groups, self.batch_size, self.seed, self.epoch)
+        end = self.steps_per_epoch * self.batches_per_step
+        for position in range(self.position + self.rank, end, self.world_size):
+            batch = batches[position % self.num_batches]
+            yield [(self.epoch, index) for index in batch.tolist() if index >= 0]
+
+
+def same_size_batches(padded_sizes: np.ndarray, batch_size: int) -> list[list[int]]:
+    """Cut a data set, unshuffled, into batches of images that are padded to the same size.
+
+    A network sees the padding, so a batch of mixed sizes would change predictions. What a batch
+    holds does not depend on the number of processes; process r of W takes every W-th batch.
+
+    Args:
+        padded_sizes: `[I, 2]` size (H, W) to which the model pads each image, pixels.
+    """
+    _, group = np.unique(padded_sizes, axis=0, return_inverse=True)
+    batches = []
+    for number in range(group.max(initial=-1) + 1):
+        members = np.flatnonzero(group == number).tolist()
+        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    return batches

@@ -1,0 +1,587 @@
+"""Builds torchvision's box detectors and loads weights into them, by class name.
+
+Every architecture, its freezing and its initialisation are those of torchvision's own builders.
+What differs: RetinaNet gets the training path of `retinanet.py`, every detector a transform that
+makes no GPU wait, and weights are only ever read as tensors (`weights_only=True`), which the
+builders' own loading does not ensure.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision import models
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+import retinanet
+
+logger = logging.getLogger("retinanet")
+
+# torchvision trained these with a FrozenBatchNorm2d that had no eps (pytorch/vision#2933).
+ZERO_EPS = (
+    detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+    detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
+)
+# The parameters whose rows belong to classes: of RetinaNet and FCOS, SSD, SSDlite, Faster R-CNN.
+CLASS_ROWS = re.compile(
+    r"(cls_logits|classification_head\.module_list\.\d+(\.1)?|cls_score|bbox_pred)\.(weight|bias)$"
+)
+
+
+class BatchTransform(GeneralizedRCNNTransform):
+    """torchvision's normalisation, resizing and batching without a wait between host and device.
+
+    torchvision copies means and ratios to the device for every image, and each copy waits. The
+    values are the same. Batches are channels-last, which convolutions prefer;
+    `resize_in_training=False` leaves the size to the data's augmentation.
+    """
+
+    def __init__(self, base: GeneralizedRCNNTransform, resize_in_training: bool = True) -> None:
+        super().__init__(
+            base.min_size,
+            base.max_size,
+            base.image_mean,
+            base.image_std,
+            base.size_divisible,
+            base.fixed_size,
+        )
+        self.resize_in_training = resize_in_training
+        for name, values in (("mean", base.image_mean), ("std", base.image_std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation; image `[3, H, W]` in 0..1."""
+        return (image - self.mean) / self.std
+
+    def resize(
+        self, image: Tensor, target: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Resize an image `[3, H, W]`, and its boxes, to the size of training or inference."""
+        if self.training and not self.resize_in_training:
+            return image, target
+        height, width = image.shape[-2:]
+        if self.fixed_size is not None:
+            size = list(self.fixed_size[::-1])  # torchvision keeps it as (W, H)
+            image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+        else:
+            scale = _scale(height, width, self._shorter_side(), self.max_size)
+            image = F.interpolate(
+                image[None],
+                scale_factor=scale,
+                mode="bilinear",
+                recompute_scale_factor=True,
+                align_corners=False,
+            )[0]
+        if target is None:
+            return image, target
+        # In float32, as torchvision divides.
+        ratio_y = float(np.float32(image.shape[-2]) / np.float32(height))
+        ratio_x = float(np.float32(image.shape[-1]) / np.float32(width))
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        boxes = torch.stack([x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y], dim=1)
+        return image, {**target, "boxes": boxes}
+
+    def _shorter_side(self) -> int:
+        if self.training and len(self.min_size) > 1:
+            return self.torch_choice(self.min_size)
+        return self.min_size[-1]
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        """Pad images right and below to one size, divisible as told: `[N, 3, H, W]`."""
+        height, width = (
+            math.ceil(max(image.shape[axis] for image in images) / size_divisible) * size_divisible
+            for axis in (1, 2)
+        )
+        batch = torch.empty(
+            (len(images), images[0].shape[0], height, width),
+            dtype=images[0].dtype,
+            device=images[0].device,
+            memory_format=torch.channels_last,
+        ).zero_()
+        for padded, image in zip(batch, images, strict=True):
+            padded[:, : image.shape[1], : image.shape[2]].copy_(image)
+        return batch
+
+    def padded_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the size (H, W) of each image after inference resized and padded it, `[I, 2]`."""
+        if self.fixed_size is not None:
+            resized = np.broadcast_to(np.array(self.fixed_size[::-1]), sizes.shape)
+        else:
+            scale = _scale(sizes[:, 0], sizes[:, 1], self.min_size[-1], self.max_size)
+            resized = np.floor(sizes * np.asarray(scale)[:, None])
+        return (np.ceil(resized / self.size_divisible) * self.size_divisible).astype(np.int64)
+
+
+def _scale(height: Any, width: Any, shorter: int, longest: int) -> Any:
+    """Return the factor to the shorter side `shorter`, or less if the other exceeds `longest`."""
+    if isinstance(height, np.ndarray):
+        return np.minimum(shorter / np.minimum(height, width), longest / np.maximum(height, width))
+    return min(shorter / min(height, width), longest / max(height, width))
+
+
+class FullPrecisionP6P7(LastLevelP6P7):
+    """The two coarsest levels in fp32 on a CPU, also under autocast.
+
+    A bf16 3 x 3 convolution of stride 2 over a map one column wide gets a weight gradient from
+    uninitialised memory there (torch 2.14.1 with oneDNN), NaN at times. P6 of a 64 px wide image is
+    such a map. The two levels cost next to nothing.
+    """
+
+    def __init__(self, base: LastLevelP6P7) -> None:
+        super().__init__(base.p6.in_channels, base.p6.out_channels)
+        self.p6, self.p7 = base.p6, base.p7
+
+    def forward(
+        self, p: list[Tensor], c: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Append P6 and P7 to the feature maps `p`."""
+        if p[-1].device.type != "cpu":
+            return super().forward(p, c, names)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward([*p[:-1], p[-1].float()], [*c[:-1], c[-1].float()], names)
+
+
+def model_names() -> list[str]:
+    """Return every name that `build_model` takes."""
+    resnets = models.list_models(module=models, include=["resnet*", "resnext*", "wide_resnet*"])
+    boxes_only = [
+        name
+        for name in models.list_models(module=detection)
+        if not name.startswith(("maskrcnn", "keypointrcnn"))
+    ]
+    return sorted({*boxes_only, *(f"retinanet_{name}_fpn" for name in resnets)})
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError, with the reason, for a model that `build_model` does not take."""
+    if name.startswith(("maskrcnn", "keypointrcnn")):
+        raise ValueError(
+            f"--model {name} predicts more than boxes, and masks and keypoints are not read here; "
+            "choose a box detector, such as fasterrcnn_resnet50_fpn"
+        )
+    if name not in model_names():
+        raise ValueError(f"--model {name} is unknown; choose one of {', '.join(model_names())}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, and what is known of where they come from."""
+
+    source: str
+    state: dict[str, Tensor]
+    label_map: Sequence[Mapping[str, Any]] | None = None
+    published: models.WeightsEnum | None = None
+
+
+def build_model(
+    name: str,
+    label_map: Sequence[Mapping[str, Any]],
+    resize_in_training: bool = True,
+    load: bool = True,
+    *,
+    weights: str | None = None,
+    weights_backbone: str | None = None,
+    trainable_backbone_layers: int | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    assigner: str = "torchvision",
+    sync_bn: bool = False,
+) -> nn.Module:
+    """Build a detector as torchvision builds it, with weights if asked for.
+
+    Args:
+        name: one of `model_names`.
+        label_map: the classes, `{"name", "label"}` each; labels count from 1, 0 is background.
+        resize_in_training: False if the data's augmentation chooses the size.
+        load: False builds the same architecture, frozen alike, without reading the weights.
+        weights: of the whole detector, a torchvision name or a file; classes go by their names.
+        weights_backbone: of the backbone, likewise. With either, torchvision freezes the first
+            layers and, but for v2 and SSD, batch normalisation; without, all is trained.
+        trainable_backbone_layers: counted from the last; None is torchvision's choice.
+        min_size, max_size: of the resized image, pixels; None is torchvision's choice.
+        assigner: of `retinanet.ASSIGNERS`, for RetinaNet alone.
+        sync_bn: batch statistics over all processes.
+
+    Raises:
+        ValueError: names the flag and the fix, for an unknown name or setting and for weights that
+            are not there or do not fit.
+    """
+    check_model_name(name)
+    num_classes = max(category["label"] for category in label_map) + 1
+    given = {"min_size": min_size, "max_size": max_size}
+    sizes = {key: value for key, value in given.items() if value is not None}
+    if sizes and name.startswith("ssd"):
+        raise ValueError(f"--min-size and --max-size: {name} has one fixed size; leave them out")
+    if assigner != "torchvision" and not name.startswith("retinanet"):
+        raise ValueError(f"--assigner {assigner} is for RetinaNet, not for {name}")
+
+    backbone = None
+    if load and weights_backbone:
+        backbone = read_weights(weights_backbone, "--weights-backbone")
+    # ssdlite alone shrinks its backbone when that was not trained before it became a detector.
+    is_trained = bool(weights_backbone or (weights and not name.startswith("ssdlite")))
+    if trainable_backbone_layers is not None and not is_trained:
+        raise ValueError(
+            "--trainable-backbone-layers freezes layers that nobody trained; leave it "
+            "out, or give --weights-backbone or --weights"
+        )
+    if name in models.list_models(module=detection):
+        model = _build(name, num_classes, is_trained, backbone, trainable_backbone_layers, sizes)
+    else:
+        resnet = name.removeprefix("retinanet_").removesuffix("_fpn")
+        model = _build_retinanet(
+            resnet, num_classes, is_trained, backbone, trainable_backbone_layers, sizes
+        )
+    if isinstance(model, detection.RetinaNet):
+        model = _with_own_training_path(model, num_classes, assigner)
+    model.transform = BatchTransform(model.transform, resize_in_training)
+    for module in model.modules():
+        if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
+            module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
+    if load and weights:
+        load_weights(model, read_weights(weights, "--weights"), label_map)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
+
+
+def padded_sizes(model: nn.Module, sizes: np.ndarray) -> np.ndarray:
+    """Return the size (H, W) to which `model` pads images of `sizes`, both `[I, 2]`, to infer."""
+    assert isinstance(model.transform, BatchTransform)
+    return model.transform.padded_sizes(sizes)
+
+
+@contextmanager
+def mixed_precision(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Run backbone and head in `dtype` for inference, and all that computes boxes in fp32.
+
+    Autocast around a whole detector rounds torchvision's anchors to `dtype`, by up to 8 px and for
+    good: its generator keeps them.
+    """
+    parts = [part for name, part in model.named_children() if name in ("backbone", "head")]
+    original = [part.forward for part in parts]
+    if dtype is not None:
+        for part in parts:
+            part.forward = functools.partial(_in_precision, part.forward, dtype)
+    try:
+        yield
+    finally:
+        if dtype is not None:
+            for part, forward in zip(parts, original, strict=True):
+                part.forward = forward
+
+
+def _in_precision(forward: Callable[..., Any], dtype: torch.dtype, features: Any) -> Any:
+    first = features if isinstance(features, Tensor) else features[0]
+    with torch.autocast(first.device.type, dtype=dtype):
+        outputs = forward(features)
+    return {key: value.float() for key, value in outputs.items()}
+
+
+def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> None:
+    """Load a checkpoint, its averaged weights if it has some, or a plain state dict, to evaluate.
+
+    Raises:
+        ValueError: if it is of another architecture or number of classes.
+    """
+    state = content.get("ema") or content.get("model") or content
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split("\n")[:2])[:300]
+        raise ValueError(
+            f"--resume {source} does not fit --model and the classes: {reason}"
+        ) from None
+    # Frozen batch normalisation counts no batches, and counts as the other for inference.
+    wrong = [k for k in [*missing, *unexpected] if not k.endswith("num_batches_tracked")]
+    if wrong:
+        raise ValueError(
+            f"--resume {source} does not fit --model: {len(wrong)} tensors differ, as {wrong[0]}"
+        )
+
+
+def _build(
+    name: str,
+    num_classes: int,
+    is_trained: bool,
+    backbone: Weights | None,
+    trainable_layers: int | None,
+    sizes: dict[str, int],
+) -> nn.Module:
+    """Call torchvision's own builder."""
+    builder = models.get_model_builder(name)
+    annotation = inspect.signature(builder).parameters["weights_backbone"].annotation
+    published = get_args(annotation)[0]  # the class of weights that this backbone has
+    architecture = published.__name__.removesuffix("_Weights").lower()
+    with _published_weights_are(_backbone_state(backbone, architecture)):
+        return builder(
+            weights=None,
+            weights_backbone=next(iter(published)) if is_trained else None,
+            num_classes=num_classes,
+            trainable_backbone_layers=trainable_layers,
+            **sizes,
+        )
+
+
+def _build_retinanet(
+    resnet: str,
+    num_classes: int,
+    is_trained: bool,
+    backbone: Weights | None,
+    trainable_layers: int | None,
+    sizes: dict[str, int],
+) -> nn.Module:
+    """Do for any ResNet what torchvision's `retinanet_resnet50_fpn` does for ResNet-50."""
+    with _published_weights_are(_backbone_state(backbone, resnet)):
+        body = resnet_fpn_backbone(
+            backbone_name=resnet,
+            weights=next(iter(models.get_model_weights(resnet))) if is_trained else None,
+            norm_layer=FrozenBatchNorm2d if is_trained else nn.BatchNorm2d,
+            trainable_layers=(trainable_layers or 3) if is_trained else 5,
+            returned_layers=[2, 3, 4],
+            extra_blocks=LastLevelP6P7(256, 256),
+        )
+    return detection.RetinaNet(body, num_classes, **sizes)
+
+
+@contextmanager
+def _published_weights_are(state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let torchvision's builders take `state` where they would download and unpickle weights."""
+    original = models.WeightsEnum.get_state_dict
+    models.WeightsEnum.get_state_dict = lambda self, *args, **kwargs: state
+    try:
+        yield
+    finally:
+        models.WeightsEnum.get_state_dict = original
+
+
+def _backbone_state(weights: Weights | None, architecture: str) -> dict[str, Tensor]:
+    """Return a state that fits the whole classifier `architecture`, random where nothing is given.
+
+    A detector's backbone lacks the classifier's last layers, which the builder cuts off anyway.
+    """
+    template = models.get_model(architecture).state_dict()
+    if weights is None:
+        return template
+    given = {key.removeprefix("backbone.body."): value for key, value in weights.state.items()}
+    optional = re.compile(r"^(fc|classifier)\.|num_batches_tracked$")
+    wrong = [
+        key
+        for key, value in template.items()
+        if not optional.search(key) and (key not in given or given[key].shape != value.shape)
+    ]
+    if wrong:
+        raise ValueError(
+            f"--weights-backbone {weights.source} is not a {architecture}: {len(wrong)} of its "
+            f"tensors are missing or of another shape, such as {wrong[0]}"
+        )
+    return {
+        key: given[key] if key in given and given[key].shape == value.shape else value
+        for key, value in template.items()
+    }
+
+
+def _with_own_training_path(
+    base: detection.RetinaNet, num_classes: int, assigner: str
+) -> retinanet.RetinaNet:
+    model = retinanet.RetinaNet(
+        base.backbone,
+        num_classes,
+        anchor_generator=base.anchor_generator,
+        head=base.head,
+        proposal_matcher=base.proposal_matcher,
+        assigner=assigner,
+    )
+    model.transform = base.transform
+    return model
+
+
+def read_weights(source: str, flag: str) -> Weights:
+    """Read weights from a file, or under a torchvision name from torch's cache or the network.
+
+    A file may be a plain state dict or a checkpoint, of which the averaged weights (EMA) are
+    preferred. Only tensors and plain types are ever unpickled.
+
+    Raises:
+        ValueError: names `flag`, the file, and where to put it.
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).split("\n")[0][:200]
+            raise ValueError(
+                f"{flag} {source}: not a file of tensors and plain types, or damaged: {reason}"
+            ) from None
+        state = content.get("ema") or content.get("model") or content
+        published = [w for w in _published() if Path(w.url).name == path.name]
+        label_map = content.get("categories")
+        return _named_weights(source, state, published[0] if published else None, label_map)
+    try:
+        weights = models.get_weight(source)
+    except (AttributeError, KeyError, ValueError):
+        raise ValueError(
+            f"{flag} {source}: neither a file nor the name of torchvision weights, which look like "
+            "ResNet50_Weights.IMAGENET1K_V1"
+        ) from None
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (URLError, OSError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ValueError(
+            f"{flag} {source}: {Path(weights.url).name} is not in {cache} and cannot be downloaded "
+            f"({error}); put the file there, or give its path instead of the name"
+        ) from None
+    return _named_weights(source, state, weights, None)
+
+
+def _published() -> list[models.WeightsEnum]:
+    names = models.list_models(module=detection)
+    return [weights for name in names for weights in models.get_model_weights(name)]
+
+
+def _named_weights(
+    source: str,
+    state: dict[str, Tensor],
+    published: models.WeightsEnum | None,
+    label_map: Sequence[Mapping[str, Any]] | None,
+) -> Weights:
+    if label_map is None and published is not None and published in _published():
+        names = published.meta["categories"]
+        label_map = [{"name": name, "label": i} for i, name in enumerate(names) if name != "N/A"]
+    return Weights(source, dict(state), label_map, published)
+
+
+def load_weights(
+    model: nn.Module, weights: Weights, label_map: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Load a whole detector's weights; class scores go to the classes of the same name.
+
+    Classes that the weights do not know keep their fresh initialisation (for RetinaNet the focal
+    prior). Weights without class names must have the same number of classes.
+
+    Returns:
+        The names of the classes in `label_map` that are new.
+
+    Raises:
+        ValueError: if the weights are those of another architecture.
+    """
+    own, state, new = model.state_dict(), dict(weights.state), []
+    if weights.label_map is not None:
+        old_labels = {"__background__": 0, **{c["name"]: c["label"] for c in weights.label_map}}
+        pairs = [(0, 0)]
+        for category in label_map:
+            if category["name"] in old_labels:
+                pairs.append((old_labels[category["name"]], category["label"]))
+            else:
+                new.append(category["name"])
+        size = max(category["label"] for category in label_map) + 1
+        for key in [key for key in state if CLASS_ROWS.search(key) and key in own]:
+            state[key] = _move_rows(state[key], own[key], pairs, size, "bbox_pred" in key)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[1].strip()
+        raise ValueError(f"--weights {weights.source} do not fit --model: {reason}") from None
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in unexpected if not key.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise ValueError(
+            f"--weights {weights.source} do not fit --model: {len(missing)} tensors are missing "
+            f"{missing[:3]}, {len(unexpected)} are not known {unexpected[:3]}"
+        )
+    if weights.published in ZERO_EPS:
+        # Move the eps that these weights never had into the variance: the same function, and one
+        # that a plain torchvision model computes from our checkpoints too.
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.running_var -= module.eps
+    logger.info("weights %s: %d tensors loaded", weights.source, len(state))
+    if new:
+        logger.info("  class scores start anew for %s; all others go by name", ", ".join(new[:20]))
+    return new
+
+
+def _move_rows(
+    old: Tensor, own: Tensor, pairs: list[tuple[int, int]], num_classes: int, class_first: bool
+) -> Tensor:
+    """Return `own` with the rows of known classes from `old`; `pairs` are (old, own) labels."""
+    groups = len(own) // num_classes  # anchors per cell, or coordinates for `class_first`
+    moved = own.clone()
+    if class_first:
+        old_rows, rows = old.unflatten(0, (-1, groups)), moved.unflatten(0, (-1, groups))
+        for source, target in pairs:
+            rows[target] = old_rows[source]
+    else:
+        old_rows, rows = old.unflatten(0, (groups, -1)), moved.unflatten(0, (groups, -1))
+        for source, target in pairs:
+            rows[:, target] = old_rows[:, source]
+    return moved
+
+
+def make_ema(model: nn.Module, decay: float | None) -> AveragedModel | None:
+    """Return the average of the weights over optimizer steps, with batch statistics as well."""
+    if decay is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def wrap(model: nn.Module, device: torch.device, num_processes: int, compiled: bool) -> nn.Module:
+    """Return what the training loop calls: `model`, compiled and distributed as asked for.
+
+    Backbone and head are compiled in place, for any image size, so that the state dict stays as it
+    is.
+    """
+    if compiled:
+        for name, part in model.named_children():
+            if name in ("backbone", "head"):
+                part.compile(dynamic=True)
+    if num_processes == 1:
+        return model
+    keeps_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    wrapped = DistributedDataParallel(
+        model, broadcast_buffers=keeps_statistics, gradient_as_bucket_view=True
+    )
+    _warm_up(wrapped, device)
+    return wrapped
+
+
+def _warm_up(model: DistributedDataParallel, device: torch.device) -> None:
+    """Run one forward and backward pass that changes nothing.
+
+    DDP orders its gradient buckets anew after its first backward pass. Sums in another order round
+    differently, so a resumed process would differ from one that ran on, from three processes up.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.module.buffers()]
+    target = {
+        "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]], device=device),
+        "labels": torch.ones(1, dtype=torch.int64, device=device),
+    }
+    model.train()
+    for _ in range(2):  # the buckets are rebuilt when the second forward pass begins
+        losses = model([torch.full((3, 64, 64), 0.5, device=device)], [target])
+        torch.stack(list(losses.values())).sum().backward()
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -1,0 +1,623 @@
+"""A verified checkpoint survives every crash and damage: pytest tests/test_checkpoint.py.
+
+Saves are killed in forked processes at every operation on a file: the n-th one ends the process,
+for all n until a save gets through. Power failure is played as well: what was not yet synced is cut
+in half first.
+"""
+
+import errno
+import logging
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import NEWEST, PREVIOUS
+
+KILLED = 77
+FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "shutil.copyfile", "os.truncate"}
+
+
+def state(step: int) -> dict[str, Any]:
+    """Plain types and tensors, of some kilobytes, different for every step."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "model": {"w": torch.rand(40, 50, generator=generator), "n": torch.tensor(step)},
+        "ema": None,
+        "optimizer": {"state": {0: {"exp_avg": torch.rand(9, generator=generator)}}},
+        "step": step,
+        "args": {"lr": 0.01, "lr_steps": [16, 22], "data_path": "/coco", "amp": None},
+        "categories": [{"id": 1, "name": "Käfer", "label": 1}],
+        "best": 0.25,
+    }
+
+
+def assert_holds(path: Path, step: int) -> None:
+    content, expected = checkpoint.load(path), state(step)
+    assert torch.equal(content.pop("model")["w"], expected.pop("model")["w"])
+    assert content.pop("optimizer").keys() == expected.pop("optimizer").keys()
+    assert content == expected
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def sha256sum(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Check all sidecars with the tool that they are for."""
+    sidecars = sorted(path.name for path in folder.glob("*.sha256"))
+    return subprocess.run(
+        ["sha256sum", "--check", "--strict", *sidecars],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What the project's logger says, whatever other tests made of its handlers."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    checkpoint.logger.addHandler(handler)
+    yield messages
+    checkpoint.logger.removeHandler(handler)
+
+
+# --- what a save leaves ---------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    checkpoint.save(state(1), tmp_path / NEWEST)
+    assert_holds(tmp_path / NEWEST, 1)
+    assert checkpoint.newest(tmp_path) == tmp_path / NEWEST
+
+
+def test_a_checkpoint_loads_everywhere_with_weights_only(tmp_path: Path) -> None:
+    checkpoint.save(state(1), tmp_path / NEWEST)
+    content = torch.load(tmp_path / NEWEST, weights_only=True)
+    assert content.keys() == state(1).keys()
+
+
+def test_tensors_keep_their_kind_and_bits(tmp_path: Path) -> None:
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+    tensors = [torch.tensor([0.0, -0.0, 1e-7, 3.0]).to(kind) for kind in kinds]
+    tensors.append(torch.tensor([float("nan"), float("inf")]))
+    tensors.append(torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last))
+    checkpoint.save({"tensors": tensors}, tmp_path / NEWEST)
+    for loaded, tensor in zip(checkpoint.load(tmp_path / NEWEST)["tensors"], tensors, strict=True):
+        assert loaded.dtype == tensor.dtype and loaded.stride() == tensor.stride()
+        assert loaded.contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8))
+
+
+def test_sidecars_are_accepted_by_sha256sum(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "model_0.pth")
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth")
+    done = sha256sum(tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = [NEWEST, PREVIOUS, "best.pth", "model_0.pth"]
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in expected)
+
+
+def test_the_checkpoint_before_stays_at_hand_and_nothing_else(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    assert_holds(tmp_path / NEWEST, 3)
+    assert_holds(tmp_path / PREVIOUS, 2)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_copy_outlives_its_source(tmp_path: Path, link: bool) -> None:
+    checkpoint.save(state(1), tmp_path / NEWEST)
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth", link=link)
+    for step in (2, 3):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    assert checkpoint.is_verified(tmp_path / "best.pth")
+    assert_holds(tmp_path / "best.pth", 1)
+
+
+def test_a_copy_replaces_the_one_that_was_there(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+        checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth")
+        assert checkpoint.is_verified(tmp_path / "best.pth")
+        assert_holds(tmp_path / "best.pth", step)
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, last = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        status = os.fstat(descriptor)
+        synced.add((status.st_ino, status.st_size))
+        last.append(status.st_ino)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        status = os.stat(source)
+        assert (status.st_ino, status.st_size) in synced, f"{source} was renamed before its sync"
+        replace(source, target)
+        last.append(None)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+        assert last[-1] == tmp_path.stat().st_ino  # and at the end, so are the names
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth")
+    assert last[-1] == tmp_path.stat().st_ino
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def zero_a_block(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    start = len(data) // 3
+    data[start : start + 2048] = bytes(2048)
+    path.write_bytes(data)
+
+
+def append_a_byte(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def lose_the_sidecar(path: Path) -> None:
+    sidecar(path).unlink()
+
+
+def take_a_foreign_sidecar(path: Path) -> None:
+    sidecar(path).write_text(f"{'0' * 64}  {path.name}\n")
+
+
+def empty_the_sidecar(path: Path) -> None:
+    sidecar(path).write_bytes(b"")
+
+
+def write_rubbish_to_the_sidecar(path: Path) -> None:
+    sidecar(path).write_bytes(b"\xff\xfe\x00 \x80")
+
+
+def make_it_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+TO_THE_FILE = (flip_a_bit, truncate, empty, zero_a_block, append_a_byte)
+TO_THE_SIDECAR = (
+    *(lose_the_sidecar, take_a_foreign_sidecar, empty_the_sidecar, write_rubbish_to_the_sidecar),
+)
+DAMAGES = (*TO_THE_FILE, *TO_THE_SIDECAR, make_it_a_folder)
+Damage = Callable[[Path], None]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_loudly(
+    tmp_path: Path, damage: Damage, warnings: list[str]
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    damage(tmp_path / NEWEST)
+    assert not checkpoint.is_verified(tmp_path / NEWEST)
+    assert checkpoint.newest(tmp_path) == tmp_path / PREVIOUS
+    assert_holds(tmp_path / PREVIOUS, 1)
+    assert len(warnings) == 1
+    assert str(tmp_path / NEWEST) in warnings[0] and "damaged" in warnings[0]
+
+
+def test_an_intact_checkpoint_is_taken_in_silence(tmp_path: Path, warnings: list[str]) -> None:
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    flip_a_bit(tmp_path / PREVIOUS)
+    assert checkpoint.newest(tmp_path) == tmp_path / NEWEST
+    assert warnings == []
+
+
+def test_the_fallback_is_the_newest_that_verifies(tmp_path: Path, warnings: list[str]) -> None:
+    checkpoint.save(state(1), tmp_path / NEWEST)
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "model_0.pth")
+    checkpoint.save(state(2), tmp_path / NEWEST)
+    checkpoint.save(state(3), tmp_path / NEWEST)  # the end of an epoch, while PREVIOUS is mid-epoch
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "model_1.pth")
+    flip_a_bit(tmp_path / NEWEST)
+    assert_holds(checkpoint.newest(tmp_path) or tmp_path, 3)
+    flip_a_bit(tmp_path / "model_1.pth")
+    assert_holds(checkpoint.newest(tmp_path) or tmp_path, 2)
+    flip_a_bit(tmp_path / PREVIOUS)
+    assert_holds(checkpoint.newest(tmp_path) or tmp_path, 1)
+
+
+def test_if_all_are_damaged_the_error_names_each(tmp_path: Path, warnings: list[str]) -> None:
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+        checkpoint.copy(tmp_path / NEWEST, tmp_path / f"model_{step}.pth")
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth")
+    names = [NEWEST, PREVIOUS, "model_1.pth", "model_2.pth", "best.pth"]
+    for name, damage in zip(names, DAMAGES, strict=False):
+        damage(tmp_path / name)
+    with pytest.raises(ValueError) as error:
+        checkpoint.newest(tmp_path)
+    assert all(name in str(error.value) for name in names) and str(tmp_path) in str(error.value)
+    assert len(warnings) == len(names)
+
+
+def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not lose_the_sidecar])
+def test_load_refuses_damage_and_names_the_file(tmp_path: Path, damage: Damage) -> None:
+    path = tmp_path / NEWEST
+    checkpoint.save(state(1), path)
+    damage(path)
+    with pytest.raises(ValueError, match="--resume") as error:
+        checkpoint.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_file_without_sidecar_loads_unverified(tmp_path: Path) -> None:
+    torch.save(state(1), tmp_path / "given.pth")
+    assert_holds(tmp_path / "given.pth", 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello world", b"<!DOCTYPE html><html>404</html>", b'{"model": 1}', b"PK\3\4", b"\x80"],
+)
+def test_a_file_of_another_kind_is_refused_with_its_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "given.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="--resume") as error:
+        checkpoint.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_broken_file_without_sidecar_never_ends_in_another_error(tmp_path: Path) -> None:
+    torch.save(state(1), tmp_path / "new.pth")
+    torch.save(state(1), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    sources = [(tmp_path / name).read_bytes() for name in ("new.pth", "old.pth")]
+    draw, refused = random.Random(0), 0
+    for _ in range(150):
+        data = bytearray(draw.choice(sources))
+        for _ in range(draw.randint(1, 4)):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        if draw.random() < 0.3:
+            data = data[: draw.randrange(len(data))]
+        (tmp_path / "given.pth").write_bytes(data)
+        try:
+            assert isinstance(checkpoint.load(tmp_path / "given.pth"), dict)
+        except ValueError as error:
+            assert str(tmp_path / "given.pth") in str(error)
+            refused += 1
+    assert refused > 30
+
+
+def test_a_missing_file_and_a_list_are_refused_with_their_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--resume .*nowhere\.pth.* does not exist"):
+        checkpoint.load(tmp_path / "nowhere.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"--resume .*list\.pth.* a list"):
+        checkpoint.load(tmp_path / "list.pth")
+
+
+# --- kills ----------------------------------------------------------------------------------------
+
+
+def survive(scenario: Callable[[], None], folder: Path, number: int, tear: bool) -> bool:
+    """Run `scenario` in a forked process that dies at its `number`-th file operation.
+
+    Args:
+        tear: before dying in a sync, cut the file in half, as a power failure may.
+
+    Returns:
+        Whether the scenario got through before.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            _die_at(folder, number, tear)
+            scenario()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, KILLED), status
+    return status == 0
+
+
+def _die_at(folder: Path, number: int, tear: bool) -> None:
+    count = 0
+
+    def operation() -> bool:
+        nonlocal count
+        count += 1
+        return count == number
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in FILE_EVENTS and str(arguments[0]).startswith(str(folder)) and operation():
+            os._exit(KILLED)
+
+    def dying_fsync(descriptor: int) -> None:
+        if operation():
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if tear and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
+            os._exit(KILLED)
+
+    os.fsync = dying_fsync
+    sys.addaudithook(audit)
+
+
+def save_as_training_does(folder: Path, step: int, epoch: int | None = None) -> None:
+    """Save; at the end of an epoch, keep a copy and the best, which is this one."""
+    checkpoint.save(state(step), folder / NEWEST)
+    if epoch is not None:
+        checkpoint.copy(folder / NEWEST, folder / f"model_{epoch}.pth")
+        checkpoint.copy(folder / NEWEST, folder / "best.pth")
+
+
+def assert_recovers(folder: Path, steps: set[int]) -> None:
+    """See that there is a checkpoint of one of `steps`, and that all goes on from there."""
+    newest = checkpoint.newest(folder)
+    assert newest is not None
+    step = checkpoint.load(newest)["step"]
+    assert step in steps
+    assert_holds(newest, step)
+    checkpoint.remove_leftovers(folder)
+    assert all(path.suffix in (".pth", ".sha256") for path in folder.iterdir())
+    again = checkpoint.newest(folder)
+    assert again is not None and checkpoint.load(again)["step"] == step
+
+
+def copy_of(folder: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+
+
+@pytest.fixture
+def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of saves are quick if none waits for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.parametrize("tear", [False, True])
+@pytest.mark.parametrize("history", [1, 3])
+def test_a_kill_at_any_point_of_a_save_leaves_a_verified_checkpoint(
+    tmp_path: Path, history: int, tear: bool, warnings: list[str], no_sync: None
+) -> None:
+    before, folder = tmp_path / "before", tmp_path / "run"
+    before.mkdir()
+    for step in range(1, history + 1):
+        save_as_training_does(before, step, epoch=step - 1 if step > 1 else None)
+    new, number, finished = history + 1, 0, False
+    while not finished:
+        number += 1
+        copy_of(before, folder)
+        finished = survive(
+            lambda: save_as_training_does(folder, new, epoch=new), folder, number, tear
+        )
+        assert_recovers(folder, {new} if finished else {history, new})
+        save_as_training_does(folder, new + 1)
+        assert_holds(folder / NEWEST, new + 1)
+        assert checkpoint.is_verified(folder / NEWEST) and checkpoint.is_verified(folder / PREVIOUS)
+    assert number > 15  # opens, syncs and renames of a save and two copies
+
+
+@pytest.mark.parametrize("tear", [False, True])
+def test_a_second_kill_in_the_save_after_leaves_one_too(
+    tmp_path: Path, tear: bool, warnings: list[str], no_sync: None
+) -> None:
+    before, middle, folder = tmp_path / "before", tmp_path / "middle", tmp_path / "run"
+    before.mkdir()
+    for step in (1, 2):
+        save_as_training_does(before, step)
+    first, finished, seen = 0, False, list[dict[str, bytes]]()
+    while not finished:
+        first += 1
+        copy_of(before, middle)
+        finished = survive(lambda: save_as_training_does(middle, 3), middle, first, tear)
+        if files(middle) in seen:  # this kill left what another one did
+            continue
+        seen.append(files(middle))
+        second, finished_too = 0, False
+        while not finished_too:
+            second += 1
+            copy_of(middle, folder)
+            # One relaunch cleans first, the other does not.
+            if second % 2:
+                checkpoint.remove_leftovers(folder)
+            finished_too = survive(lambda: save_as_training_does(folder, 4), folder, second, tear)
+            assert_recovers(folder, {4} if finished_too else {2, 3, 4})
+    assert first > 6 and len(seen) > 5
+
+
+def test_a_kill_in_the_very_first_save_leaves_a_whole_checkpoint_or_none_that_counts(
+    tmp_path: Path, no_sync: None
+) -> None:
+    folder, number, finished = tmp_path / "run", 0, False
+    while not finished:
+        number += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        finished = survive(lambda: save_as_training_does(folder, 1), folder, number, True)
+        if checkpoint.is_verified(folder / NEWEST):
+            assert_holds(folder / NEWEST, 1)
+        else:
+            assert not finished
+        checkpoint.remove_leftovers(folder)
+        assert {path.suffix for path in folder.iterdir()} <= {".pth", ".sha256"}
+    assert number > 4
+
+
+def test_remove_leftovers_leaves_the_rest(tmp_path: Path) -> None:
+    checkpoint.save(state(1), tmp_path / NEWEST)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    kept = files(tmp_path)
+    (tmp_path / "checkpoint.pth.tmp").write_bytes(b"half")
+    (tmp_path / "best.pth.sha256.tmp").write_bytes(b"half")
+    checkpoint.remove_leftovers(tmp_path)
+    assert files(tmp_path) == kept
+
+
+# --- write errors ---------------------------------------------------------------------------------
+
+
+def run_in_fork(action: Callable[[], None]) -> str:
+    """Run `action` in a forked process and return the repr of what it raised, if it did."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            action()
+            report = ""
+        except BaseException as error:
+            report = f"{type(error).__name__} {errno.errorcode.get(error.errno)} {error}"  # type: ignore[attr-defined]
+        os.write(writer, report.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        report = file.read()
+    os.waitpid(child, 0)
+    return report
+
+
+def test_a_file_that_the_system_refuses_to_write_leaves_the_old_ones(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_as_training_does(tmp_path, step, epoch=step)
+    before = files(tmp_path)
+
+    def save_beyond_the_limit() -> None:
+        limit = (tmp_path / NEWEST).stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        checkpoint.save(state(3), tmp_path / NEWEST)
+
+    report = run_in_fork(save_beyond_the_limit)
+    assert report.startswith("OSError EFBIG")
+    checkpoint.remove_leftovers(tmp_path)
+    assert files(tmp_path) == before
+    assert str(tmp_path / NEWEST) in report  # the docstring's promise
+
+
+def test_a_full_disk_at_any_point_leaves_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    before, folder = tmp_path / "before", tmp_path / "run"
+    before.mkdir()
+    for step in (1, 2):
+        save_as_training_does(before, step, epoch=step)
+    number, failed = 0, True
+    while failed:
+        number += 1
+        copy_of(before, folder)
+        with monkeypatch.context() as patch:
+            _disk_is_full_at(patch, number)
+            try:
+                save_as_training_does(folder, 3, epoch=3)
+                failed = False
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        assert_recovers(folder, {2, 3} if failed else {3})
+        save_as_training_does(folder, 4)  # once there is room again
+        assert_holds(folder / NEWEST, 4)
+    assert number > 8
+
+
+def _disk_is_full_at(patch: pytest.MonkeyPatch, number: int) -> None:
+    count = 0
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "link", "replace"):
+        patch.setattr(os, name, failing(getattr(os, name)))
+    patch.setattr(shutil, "copyfile", failing(shutil.copyfile))
+
+
+# --- malice ---------------------------------------------------------------------------------------
+
+
+class Malice:
+    """Unpickling it creates a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.canary),)
+
+
+def write_malice(path: Path, canary: Path, form: str) -> None:
+    content = {"model": {"w": torch.zeros(2)}, "args": Malice(canary)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+
+
+@pytest.mark.parametrize("has_sidecar", [False, True])
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_malicious_checkpoint_is_refused_and_does_nothing(
+    tmp_path: Path, form: str, has_sidecar: bool
+) -> None:
+    path, canary = tmp_path / NEWEST, tmp_path / "canary"
+    write_malice(path, canary, form)
+    if has_sidecar:
+        done = subprocess.run(["sha256sum", path.name], cwd=tmp_path, capture_output=True)
+        sidecar(path).write_bytes(done.stdout)
+        assert checkpoint.is_verified(path)
+    with pytest.raises(ValueError, match="not a file of tensors and plain types") as error:
+        checkpoint.load(path)
+    assert str(path) in str(error.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_the_malice_would_work_on_who_unpickles_it(tmp_path: Path, form: str) -> None:
+    # Else the test above could not fail.
+    write_malice(tmp_path / NEWEST, tmp_path / "canary", form)
+    torch.load(tmp_path / NEWEST, weights_only=False)
+    assert (tmp_path / "canary").exists()

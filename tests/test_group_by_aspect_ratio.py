@@ -1,0 +1,277 @@
+"""Every image once, in one order for all: pytest tests/test_group_by_aspect_ratio.py.
+
+The groups are compared with torchvision's rule, written here as its reference scripts have it; the
+batches with what they promise, over data sets, batch sizes, seeds and numbers of processes that
+hypothesis draws.
+"""
+
+from bisect import bisect_right
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from group_by_aspect_ratio import (
+    GroupedBatchSampler,
+    aspect_ratio_groups,
+    epoch_batches,
+    permutation,
+    same_size_batches,
+)
+
+FEW = settings(deadline=None, max_examples=60)
+SEEDS = st.integers(0, 2**63 - 1)
+SIDES = st.integers(1, 5000)
+Batch = list[tuple[int, int]]
+
+
+class Case(NamedTuple):
+    """A data set of groups, and how it is cut."""
+
+    groups: np.ndarray
+    batch_size: int
+    seed: int
+    epoch: int
+
+
+CASES = st.builds(
+    Case,
+    st.lists(st.integers(0, 7), min_size=1, max_size=70).map(np.array),
+    st.integers(1, 9),
+    SEEDS,
+    st.integers(0, 100),
+)
+
+
+def sampler(
+    case: Case, rank: int = 0, world_size: int = 1, per_step: int = 1
+) -> GroupedBatchSampler:
+    made = GroupedBatchSampler(case.groups, case.batch_size, case.seed, rank, world_size, per_step)
+    made.set_epoch(case.epoch)
+    return made
+
+
+def interleaved(shares: list[list[Batch]]) -> list[Batch]:
+    """Undo the deal: batch s * W + r is the s-th of process r."""
+    assert len({len(share) for share in shares}) == 1
+    return [share[step] for step in range(len(shares[0])) for share in shares]
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+@FEW
+@given(
+    sizes=st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=50),
+    factor=st.integers(0, 6),
+)
+@example(sizes=[(1, 2), (2, 1), (1, 1), (1, 4), (4, 1), (100, 199), (100, 201)], factor=0)
+@example(sizes=[(1, 2), (2, 1), (1, 1), (1, 4), (4, 1), (100, 199), (100, 201)], factor=3)
+def test_groups_are_those_of_torchvisions_rule(sizes: list[tuple[int, int]], factor: int) -> None:
+    borders = (2 ** np.linspace(-1, 1, 2 * factor + 1)).tolist() if factor > 0 else [1.0]
+    expected = [bisect_right(borders, float(width) / float(height)) for height, width in sizes]
+    for dtype in (np.int32, np.int64):
+        groups = aspect_ratio_groups(np.array(sizes, dtype=dtype), factor)
+        assert groups.dtype == np.int64
+        assert groups.tolist() == expected
+
+
+def test_a_negative_factor_is_one_group() -> None:
+    assert aspect_ratio_groups(np.array([[1, 5], [5, 1], [2, 2]]), -1).tolist() == [0, 0, 0]
+
+
+def test_no_images_are_no_groups() -> None:
+    assert len(aspect_ratio_groups(np.empty((0, 2), dtype=np.int32), 3)) == 0
+
+
+# --- the permutation ------------------------------------------------------------------------------
+
+
+def test_permutation_is_the_same_on_every_platform_and_release() -> None:
+    # A run that is resumed after an upgrade must see the same order: these lists never change.
+    assert permutation(10, 0).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
+    assert permutation(12, 1, 2, 3).tolist() == [1, 8, 2, 4, 6, 5, 0, 9, 7, 10, 3, 11]
+    assert permutation(8, 2**63 - 1, 25, 1).tolist() == [0, 1, 6, 3, 7, 2, 4, 5]
+
+
+def test_epoch_batches_are_the_same_on_every_platform_and_release() -> None:
+    batches = epoch_batches(np.array([0, 1, 0, 1, 0, 1, 0]), batch_size=2, seed=7, epoch=3)
+    assert batches.tolist() == [[4, 2], [1, 3], [5, -1], [6, 0]]
+
+
+@FEW
+@given(count=st.integers(0, 300), key=st.lists(SEEDS, min_size=1, max_size=3))
+def test_permutation_holds_every_number_once(count: int, key: list[int]) -> None:
+    assert sorted(permutation(count, *key).tolist()) == list(range(count))
+
+
+# --- one epoch ------------------------------------------------------------------------------------
+
+
+@FEW
+@given(CASES)
+def test_every_image_comes_exactly_once_per_epoch(case: Case) -> None:
+    batches = [[index for _, index in batch] for batch in sampler(case)]
+    assert sorted(sum(batches, [])) == list(range(len(case.groups)))
+    # All are full but one, which has what remains.
+    shortfall = [case.batch_size - len(batch) for batch in batches if len(batch) < case.batch_size]
+    assert len(shortfall) <= 1 and sum(shortfall) == -len(case.groups) % case.batch_size
+
+
+@FEW
+@given(CASES)
+def test_a_batch_is_of_one_group_unless_of_leftovers(case: Case) -> None:
+    drawn = epoch_batches(case.groups, case.batch_size, case.seed, case.epoch)
+    batches = [case.groups[batch[batch >= 0]] for batch in drawn]
+    sizes = Counter(case.groups.tolist())
+    pure = Counter(
+        int(batch[0])
+        for batch in batches
+        if len(batch) == case.batch_size and len(set(batch.tolist())) == 1
+    )
+    for group, size in sizes.items():
+        assert pure[group] >= size // case.batch_size
+    # What is not in those is fewer than a batch of each group, and lies in neighbouring groups.
+    mixed = [batch for batch in batches if len(set(batch.tolist())) > 1]
+    for group, count in Counter(np.concatenate([*mixed, np.empty(0, int)]).tolist()).items():
+        assert count <= sizes[group] % case.batch_size
+    spans = sorted((int(batch.min()), int(batch.max())) for batch in mixed)
+    assert all(one[1] <= two[0] for one, two in zip(spans, spans[1:], strict=False))
+
+
+@FEW
+@given(CASES)
+def test_the_order_is_a_function_of_seed_epoch_batch_size_and_data(case: Case) -> None:
+    np.random.seed(0)
+    first = list(sampler(case))
+    np.random.seed(1)
+    other = sampler(case)
+    other.set_epoch(case.epoch + 1)
+    list(other)
+    other.set_epoch(case.epoch)
+    assert list(other) == list(other) == first
+    assert {epoch for batch in first for epoch, _ in batch} == {case.epoch}
+
+
+def test_the_order_is_another_in_every_epoch_and_for_every_seed() -> None:
+    groups = np.arange(120) % 3
+    orders = {
+        tuple(epoch_batches(groups, 4, seed, epoch).ravel().tolist())
+        for seed in range(20)
+        for epoch in range(20)
+    }
+    assert len(orders) == 400
+
+
+def test_not_only_the_batches_but_what_they_hold_changes() -> None:
+    groups = np.zeros(64, dtype=np.int64)
+    first, second = (
+        {frozenset(batch) for batch in epoch_batches(groups, 4, 0, epoch).tolist()}
+        for epoch in (0, 1)
+    )
+    assert len(first & second) <= 1
+
+
+def test_groups_are_spread_over_the_epoch() -> None:
+    groups = np.repeat([0, 1], 400)
+    batches = epoch_batches(groups, 2, seed=0, epoch=0)
+    in_first_half = groups[batches[:200, 0]].mean()
+    assert 0.35 < in_first_half < 0.65
+
+
+# --- over processes -------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=CASES, world_size=st.integers(1, 5), accumulate=st.integers(1, 3))
+def test_processes_share_the_list_of_one(case: Case, world_size: int, accumulate: int) -> None:
+    per_step = world_size * accumulate
+    alone = sampler(case, per_step=per_step)
+    samplers = [sampler(case, rank, world_size, per_step) for rank in range(world_size)]
+    shares = [list(one) for one in samplers]
+    assert interleaved(shares) == list(alone)
+    assert [len(share) for share in shares] == [len(one) for one in samplers]
+    # The list of an epoch is the plain one, and then its beginning until the last step is full.
+    plain = list(sampler(case))
+    count = len(plain)
+    assert len(list(alone)) == alone.steps_per_epoch * per_step
+    assert list(alone) == [plain[i % count] for i in range(alone.steps_per_epoch * per_step)]
+    assert 0 <= len(list(alone)) - count < per_step
+
+
+@FEW
+@given(
+    case=CASES,
+    world_size=st.integers(1, 4),
+    accumulate=st.integers(1, 3),
+    data=st.data(),
+)
+def test_resuming_at_any_step_is_a_slice(
+    case: Case, world_size: int, accumulate: int, data: st.DataObject
+) -> None:
+    per_step = world_size * accumulate
+    one = sampler(case, data.draw(st.integers(0, world_size - 1)), world_size, per_step)
+    whole = list(one)
+    step = data.draw(st.integers(0, one.steps_per_epoch))
+    one.set_epoch(case.epoch, step * per_step)
+    assert list(one) == whole[step * accumulate :]
+    assert len(one) == len(list(one))
+
+
+@FEW
+@given(case=CASES, per_step=st.sampled_from([4, 6, 12]), data=st.data())
+def test_another_number_of_processes_trains_the_same_batches_per_step(
+    case: Case, per_step: int, data: st.DataObject
+) -> None:
+    divisors = [count for count in range(1, per_step + 1) if per_step % count == 0]
+    steps = []
+    for world_size in data.draw(st.permutations(divisors))[:3]:
+        samplers = [sampler(case, rank, world_size, per_step) for rank in range(world_size)]
+        ordered = interleaved([list(one) for one in samplers])
+        steps.append([ordered[i : i + per_step] for i in range(0, len(ordered), per_step)])
+    assert steps[0] == steps[1] == steps[2]
+
+
+@FEW
+@given(case=CASES, world_size=st.integers(1, 4), accumulate=st.integers(1, 3))
+def test_weights_make_a_step_the_mean_of_its_batches_and_stand_ins_count_nothing(
+    case: Case, world_size: int, accumulate: int
+) -> None:
+    per_step = world_size * accumulate
+    one = sampler(case, 0, world_size, per_step)
+    for first in range(0, one.steps_per_epoch * per_step, per_step):
+        positions = range(first, first + per_step)
+        weights = [one.weight(position) for position in positions]
+        assert sum(weights) / world_size == pytest.approx(1, abs=1e-12)
+        real = [w for p, w in zip(positions, weights, strict=True) if p < one.num_batches]
+        assert len(set(real)) == 1 and real[0] > 0
+        assert all(w == 0 for w in weights[len(real) :])
+
+
+def test_weights_of_a_full_step_without_accumulation_are_one() -> None:
+    case = Case(np.zeros(16, dtype=np.int64), 2, 0, 0)
+    assert [sampler(case, 0, 4, 4).weight(position) for position in range(8)] == [1.0] * 8
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+@FEW
+@given(
+    sizes=st.lists(
+        st.tuples(st.sampled_from([64, 96]), st.sampled_from([64, 96, 128])), max_size=40
+    ),
+    batch_size=st.integers(1, 5),
+)
+def test_evaluation_batches_never_mix_padded_sizes(
+    sizes: list[tuple[int, int]], batch_size: int
+) -> None:
+    batches = same_size_batches(np.array(sizes, dtype=np.int64).reshape(-1, 2), batch_size)
+    assert all(len({sizes[index] for index in batch}) == 1 for batch in batches)
+    assert sorted(sum(batches, [])) == list(range(len(sizes)))
+    # As few as can be: one of each size may be short.
+    assert len(batches) == sum(-(-count // batch_size) for count in Counter(sizes).values())
+    assert all(1 <= len(batch) <= batch_size for batch in batches)

@@ -1,0 +1,418 @@
+"""Proves that recipe, flags and the real script do what they say: pytest tests/test_train.py."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, TINY, run_script
+from PIL import Image
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+import checkpoint
+import coco_utils
+import engine
+import presets
+import train as train_script
+import utils
+from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
+from model import build_model
+
+Train = Callable[..., subprocess.CompletedProcess[str]]
+PUBLISHED = (
+    "--dataset coco --model retinanet_resnet50_fpn --epochs 26 --lr-steps 16 22 "
+    "--aspect-ratio-group-factor 3 --lr 0.01 "
+    "--weights-backbone ResNet50_Weights.IMAGENET1K_V1"
+)
+
+
+def torchvision_rates(steps_per_epoch: int, epochs: int) -> list[float]:
+    """The learning rates of torchvision's recipe, from its own schedulers used as its loop does."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.01)
+    by_epoch = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[16, 22], gamma=0.1)
+    rates = []
+    for epoch in range(epochs):
+        warmup = None
+        if epoch == 0 and steps_per_epoch > 1:
+            steps = min(1000, steps_per_epoch - 1)
+            warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 1000, total_iters=steps)
+        for _ in range(steps_per_epoch):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            if warmup is not None:
+                warmup.step()
+        by_epoch.step()
+    return rates
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 2, 73, 1200])
+def test_every_learning_rate_is_that_of_the_published_recipe(steps_per_epoch: int) -> None:
+    settings = {"epochs": 26, "lr_steps": (16, 22)}
+    ours = [
+        0.01 * train_script.lr_factor(steps_per_epoch, step, **settings)
+        for step in range(26 * steps_per_epoch)
+    ]
+    assert ours == pytest.approx(torchvision_rates(steps_per_epoch, 26), rel=1e-6)
+    assert ours[steps_per_epoch - 1] == pytest.approx(0.01)
+    assert ours[-1] == pytest.approx(1e-4)
+
+
+def test_warmup_steps_are_taken_literally_when_given() -> None:
+    factor = functools.partial(train_script.lr_factor, 10, epochs=5, lr_steps=(4,), warmup_steps=20)
+    assert factor(0) == pytest.approx(1e-3)
+    assert factor(10) == pytest.approx(0.5005)
+    assert factor(20) == 1.0
+
+
+def test_published_command_line_is_what_the_defaults_mean() -> None:
+    given = vars(train_script.parse_args(shlex.split(PUBLISHED)))
+    weights = ["--weights-backbone", "ResNet50_Weights.IMAGENET1K_V1"]
+    assert given == vars(train_script.parse_args(weights))
+
+
+def test_every_flag_is_read_somewhere() -> None:
+    source = (ROOT / "train.py").read_text()
+    read = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
+    groups = [value for name, value in vars(train_script).items() if name.endswith("_FLAGS")]
+    read |= {name for group in groups for name in group}
+    read |= set(re.findall(r'settings\["(\w+)"\]', source))
+    flags = set(vars(train_script.parse_args([])))
+    assert flags <= read, flags - read
+
+
+def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> torch.nn.Module:
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        norm_layer=FrozenBatchNorm2d if frozen else torch.nn.BatchNorm2d,
+        trainable_layers=3 if frozen else 5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    model = torchvision.models.detection.RetinaNet(backbone, 4, min_size=64, max_size=64)
+    model.load_state_dict(state)
+    return model
+
+
+def _plain_sample(
+    folder: Path, annotations: coco_utils.Annotations, number: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """An image and its boxes without any of this project's data path: PIL and the JSON itself."""
+    document = json.loads(annotations.path.read_text())
+    entry = document["images"][number]
+    image = Image.open(folder / "train2017" / entry["file_name"]).convert("RGB")
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    boxes, labels = [], []
+    places = {c["id"]: i for i, c in enumerate(document["categories"], start=1)}
+    for annotation in document["annotations"]:
+        if annotation["image_id"] == entry["id"] and not annotation["iscrowd"]:
+            x, y, width, height = annotation["bbox"]
+            boxes.append([x, y, x + width, y + height])
+            labels.append(places[annotation["category_id"]])
+    target = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return pixels, {"boxes": target, "labels": torch.tensor(labels, dtype=torch.int64)}
+
+
+def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: Path) -> None:
+    annotations, _ = coco_utils.read_annotations(
+        tiny_shapes / "annotations" / "instances_train2017.json"
+    )
+    label_map = coco_utils.label_categories(annotations.categories)
+    data = coco_utils.CocoDetection(tiny_shapes / "train2017", annotations, label_map)
+    groups = aspect_ratio_groups(data.sizes(), 3)
+    sampler = GroupedBatchSampler(groups, batch_size=2, seed=0)
+    torch.manual_seed(0)
+    # As in the recipe, batch normalisation is frozen; the weights' values do not matter here.
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "backbone.pth")
+    ours = build_model(
+        "retinanet_resnet18_fpn",
+        label_map,
+        weights_backbone=str(tmp_path / "backbone.pth"),
+        min_size=64,
+        max_size=64,
+    )
+    plain = _plain_torchvision(ours.state_dict(), frozen=True)
+
+    gradients: list[dict[str, torch.Tensor]] = []
+    expected_losses = []
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.001, momentum=0.9, weight_decay=1e-4)
+    plain.train()
+    order = [batch for epoch in (0, 1) for batch in _epoch(sampler, epoch)][:10]
+    for batch in order:
+        samples = [_plain_sample(tiny_shapes, annotations, index) for _, index in batch]
+        losses = plain([image for image, _ in samples], [target for _, target in samples])
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        if not gradients:
+            gradients.append(_gradients(plain))
+        optimizer.step()
+        expected_losses.append(float(sum(losses.values()).detach()))
+
+    optimizer = train_script.build_optimizer(
+        ours, 0.001, opt="sgd", momentum=0.9, wd=1e-4, norm_weight_decay=None
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = engine.TrainState(ours, optimizer, scheduler, scaler)
+    measured: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradients(ours)))
+
+    def after_step(line: dict[str, float] | None, stop: bool) -> bool:
+        assert line is not None
+        measured.append(line["loss"])
+        return len(measured) == 10
+
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        loader = train_script.make_loader(data, sampler, 0, torch.device("cpu"), keep=False)
+        engine.train_one_epoch(
+            ours,
+            state,
+            loader,
+            utils.Processes(torch.device("cpu")),
+            seed=0,
+            batches_per_step=1,
+            weight=sampler.weight,
+            after_step=after_step,
+            print_freq=1,
+        )
+        state.epoch, state.position = epoch + 1, 0
+    assert measured == pytest.approx(expected_losses, rel=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        scale = expected.abs().max()
+        assert torch.allclose(gradients[1][name], expected, rtol=1e-5, atol=1e-5 * float(scale)), (
+            name
+        )
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def _epoch(sampler: GroupedBatchSampler, epoch: int) -> list[list[tuple[int, int]]]:
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("policy", presets.POLICIES)
+def test_samples_are_the_same_for_any_number_of_workers(tiny_shapes: Path, policy: str) -> None:
+    annotations, _ = coco_utils.read_annotations(
+        tiny_shapes / "annotations" / "instances_train2017.json"
+    )
+    data = coco_utils.CocoDetection(
+        tiny_shapes / "train2017",
+        annotations,
+        coco_utils.label_categories(annotations.categories),
+        presets.training_transforms(policy),
+        seed=3,
+    )
+    batches = [[(epoch, index)] for epoch in (0, 1) for index in range(4)]
+    seen = []
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers)  # what came before must not matter
+        loader = train_script.make_loader(data, batches, workers, torch.device("cpu"), keep=False)
+        seen.append([(images[0], targets[0]) for images, targets in loader])
+    for other in seen[1:]:
+        for (image, target), (image_2, target_2) in zip(seen[0], other, strict=True):
+            assert torch.equal(image, image_2)
+            assert torch.equal(target["boxes"], target_2["boxes"])
+    first, second = seen[0][:4], seen[0][4:]
+    assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True)), (
+        "an image has to look different in another epoch"
+    )
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-process", "2-processes"])
+def finished_run(
+    request: pytest.FixtureRequest, train: Train, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A run of two epochs by the real script, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = train("--epochs", "2", "--output-dir", folder, processes=request.param)
+    return folder, done.stdout
+
+
+def test_a_run_leaves_the_files_that_the_design_lists(finished_run: tuple[Path, str]) -> None:
+    folder, _ = finished_run
+    for name in ("checkpoint.pth", "model_0.pth", "model_1.pth", "best.pth"):
+        assert checkpoint.is_verified(folder / name), name
+        check = ["sha256sum", "-c", f"{name}.sha256"]
+        assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
+    for epoch in (0, 1):
+        results = json.loads((folder / "eval" / f"epoch_{epoch}" / "results.json").read_text())
+        assert set(results) >= {"AP", "AP50", "AR100"}
+        assert (folder / "eval" / f"epoch_{epoch}" / "detections.npy").is_file()
+    about = json.loads((folder / "args.json").read_text())
+    assert about["args"]["epochs"] == 2
+    assert about["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert about["global_batch"] in (2, 4) and about["effective_lr"] == 1e-4
+    assert (folder / "log.txt").read_text().count("step ") >= 2
+
+
+def test_metrics_are_the_numbers_that_were_printed(finished_run: tuple[Path, str]) -> None:
+    folder, printed = finished_run
+    records = utils.read_json_lines(folder / "metrics.jsonl")
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) == 2 * -(
+        -16 // json.loads((folder / "args.json").read_text())["global_batch"]
+    )
+    for record in records:
+        line = "  ".join(f"{key} {train_script._short(value)}" for key, value in record.items())
+        assert line in printed
+    evaluated = [record for record in records if "AP" in record]
+    assert [record["epoch"] for record in evaluated] == [0, 1]
+    tables = re.findall(r"\| area=   all \| maxDets=100 \] = (\S+)\n.*IoU=0.50  ", printed)
+    assert tables == [f"{record['AP']:.3f}" for record in evaluated]
+
+
+def test_checkpoints_load_into_a_plain_torchvision_model(finished_run: tuple[Path, str]) -> None:
+    content = torch.load(finished_run[0] / "checkpoint.pth", weights_only=True)
+    plain = _plain_torchvision(content["model"])
+    assert len(plain.eval()([torch.rand(3, 64, 64)])) == 1
+    assert set(content) >= {"model", "ema", "optimizer", "lr_scheduler", "scaler", "epoch", "step"}
+    assert set(content) >= {"position", "args", "categories", "versions"}
+    names = [category["name"] for category in content["categories"]]
+    assert names == ["circle", "square", "triangle"]
+
+
+def test_evaluation_alone_gives_one_set_of_numbers(
+    finished_run: tuple[Path, str], tiny_shapes: Path, tmp_path: Path
+) -> None:
+    folder, _ = finished_run
+    content = torch.load(folder / "checkpoint.pth", weights_only=True)
+    torch.save(content["model"], tmp_path / "plain.pth")
+    expected = [r for r in utils.read_json_lines(folder / "metrics.jsonl") if "AP" in r][-1]
+    outputs = []
+    for processes in (1, 2, 3):
+        out = tmp_path / str(processes)
+        flags = ("--test-only", "--resume", folder / "checkpoint.pth", "--workers", "1")
+        run_script("train.py", *flags, "--output-dir", out, processes=processes)
+        outputs.append(json.loads((out / "results.json").read_text()))
+    for backend in ("hotcoco", "pycocotools"):
+        flags = ("--test-only", "--resume", tmp_path / "plain.pth", "--output-dir", tmp_path)
+        flags = (*TINY, "--data-path", tiny_shapes, "--coco-eval", backend, *flags)
+        run_script("train.py", *flags)
+        outputs.append(json.loads((tmp_path / "results.json").read_text()))
+    assert all(output == outputs[0] for output in outputs)
+    assert outputs[0] == {key: expected[key] for key in outputs[0]}
+
+
+def test_resuming_at_the_end_of_an_epoch_equals_a_run_without_a_break(
+    finished_run: tuple[Path, str], train: Train, tmp_path: Path
+) -> None:
+    folder, _ = finished_run
+    processes = json.loads((folder / "args.json").read_text())["global_batch"] // 2
+    flags = ("--output-dir", tmp_path / "run", "--resume", "auto")
+    train("--epochs", "1", *flags, processes=processes)
+    train("--epochs", "2", *flags, processes=processes)
+    expected = torch.load(folder / "checkpoint.pth", weights_only=True)
+    resumed = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    for name, tensor in expected["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    keys = ("step", "epoch", "loss", "AP")
+    records = [
+        [{k: r.get(k) for k in keys} for r in utils.read_json_lines(where / "metrics.jsonl")]
+        for where in (folder, tmp_path / "run")
+    ]
+    assert records[0] == records[1]
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(
+    finished_run: tuple[Path, str], train: Train
+) -> None:
+    folder, _ = finished_run
+    before = (folder / "metrics.jsonl").read_bytes()
+    done = train("--output-dir", folder, check=False)
+    assert done.returncode == 1
+    assert "holds a run" in done.stderr and "--resume auto" in done.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+WRONG = {
+    "no-such-folder": (["--data-path", "nowhere"], ["nowhere", "--data-path"]),
+    "unknown-model": (["--model", "retinanet_resnet51_fpn"], ["--model", "retinanet_resnet50_fpn"]),
+    "mask-model": (["--model", "maskrcnn_resnet50_fpn"], ["--model", "boxes"]),
+    "unknown-weights": (["--weights", "Foo.BAR"], ["--weights", "neither a file nor"]),
+    "unknown-backbone-weights": (
+        ["--weights-backbone", "Foo.BAR"],
+        ["--weights-backbone", "ResNet50_Weights.IMAGENET1K_V1"],
+    ),
+    "steps-not-increasing": (["--lr-steps", "22", "16"], ["--lr-steps", "increase"]),
+    "zero-batch": (["--batch-size", "0"], ["--batch-size 0", "greater than 0"]),
+    "test-nothing": (["--test-only"], ["--test-only", "--resume"]),
+    "sizes-swapped": (["--min-size", "80"], ["--min-size 80", "--max-size 64"]),
+    "no-such-checkpoint": (["--resume", "gone.pth"], ["--resume gone.pth", "does not exist"]),
+    "fp16-on-cpu": (["--amp", "fp16"], ["--amp fp16", "--amp bf16"]),
+    "freeze-untrained": (
+        ["--trainable-backbone-layers", "3"],
+        ["--trainable-backbone-layers", "--weights-backbone"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_gets_one_message_that_names_the_flag_and_the_fix(
+    case: str, train: Train, tmp_path: Path
+) -> None:
+    flags, expected = WRONG[case]
+    done = train(*flags, "--output-dir", tmp_path / "run", check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    for part in expected:
+        assert part in message, message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_where_there_is_none_is_said(train: Train, tmp_path: Path) -> None:
+    done = train("--device", "cuda", "--output-dir", tmp_path, check=False)
+    assert "--device cuda" in done.stderr and "--device cpu" in done.stderr
+
+
+def test_missing_annotations_are_named(train: Train, tiny_shapes: Path, tmp_path: Path) -> None:
+    done = train("--val-annotations", tmp_path / "gone.json", "--output-dir", tmp_path, check=False)
+    assert done.returncode == 1 and "gone.json" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_checkpoint_of_other_classes_is_refused(
+    finished_run: tuple[Path, str], tiny_shapes: Path, tmp_path: Path
+) -> None:
+    document = json.loads((tiny_shapes / "annotations" / "instances_val2017.json").read_text())
+    document["categories"][0]["name"] = "ellipse"
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    flags = ("--resume", finished_run[0] / "checkpoint.pth")
+    flags += ("--val-annotations", tmp_path / "other.json")
+    done = run_script("train.py", "--test-only", *flags, check=False)
+    assert done.returncode == 1
+    assert "ellipse" in done.stderr and "circle" in done.stderr and "other.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_readme_commands_parse() -> None:
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^ *(?:torchrun|python) .*?train\.py(.*)$", text, flags=re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        train_script.build_parser().parse_args(shlex.split(command, comments=True))
+
+
+def test_main_fits_on_a_page() -> None:
+    tree = ast.parse((ROOT / "train.py").read_text())
+    (main,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main"]
+    assert main.end_lineno is not None and main.end_lineno - main.lineno < 90

@@ -1,0 +1,1 @@
+"""What one runs beside training; tools import the house, the house never imports tools."""

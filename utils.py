@@ -1,0 +1,234 @@
+"""Processes, logging, seeds and records: what every script needs and PyTorch does not bring."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("retinanet")
+
+# Rank 0 scores and writes while the others wait, so the host group waits long. A peer that hangs
+# in the training step itself must be noticed far sooner.
+HOST_TIMEOUT = datetime.timedelta(hours=2)
+STEP_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one run, as one of them sees it.
+
+    `host_group` is a gloo group for what is not tensors on a device: checkpoints, evaluation. It is
+    None where there is a single process, and then every collective below is skipped.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    host_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process logs and writes."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (anything plain) on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return the sums of `values` over all processes."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait for every process; gloo names the ranks that did not come."""
+        if self.world_size > 1:
+            dist.monitored_barrier(self.host_group, HOST_TIMEOUT, wait_all_ranks=True)
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """Join the process group that torchrun describes, if it does, and leave it at the end.
+
+    Args:
+        device: "cuda" (this process takes GPU number LOCAL_RANK) or "cpu".
+    """
+    rank, world_size = launch_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.index or 0)))
+        torch.cuda.set_device(place)
+    if world_size == 1:
+        yield Processes(place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    device_id = place if place.type == "cuda" else None
+    dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id)
+    try:
+        host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        yield Processes(place, rank, world_size, host_group)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch_rank() -> int:
+    """Return this process's rank as its launcher says, 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
+    """Send the log to standard output and, on the main process, to `log_file` as well."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if is_main and log_file is not None:
+        handlers.append(logging.FileHandler(log_file))
+    layout = (
+        "%(asctime)s %(message)s" if is_main else f"%(asctime)s [rank {launch_rank()}] %(message)s"
+    )
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(layout, "%H:%M:%S"))
+    logger.handlers = handlers
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def default_device() -> str:
+    """Return "cuda" where PyTorch finds such a device, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_determinism(deterministic: bool) -> None:
+    """Choose between bit-exact and fastest kernels; to be called before CUDA starts."""
+    torch.backends.cudnn.benchmark = False  # detection's shapes change with every batch
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def derive_seed(*parts: int) -> int:
+    """Mix non-negative integers, say (seed, epoch, index), into one 63-bit seed."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append `record` as one line of JSON and see it to the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of `path`; a last line that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rewind_json_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the records after optimizer step `step`, in place, and return the others.
+
+    A run that resumes at `step` writes the later ones again, so every record stands once.
+    """
+    kept = [record for record in read_json_lines(path) if record["step"] <= step]
+    rewritten = path.with_suffix(".tmp")
+    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(rewritten, path)
+    return kept
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on, and the project's git revision."""
+    names = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools", "msgspec")
+    found = {name: version(name) for name in names}
+    return {"python": platform.python_version(), **found, "revision": _git_revision()}
+
+
+def _git_revision() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+class StopSignal:
+    """Remember that SIGTERM, SIGINT or SIGUSR1 came; whoever trains asks between two steps."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        """Return whether a signal came."""
+        return self.received is not None
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Let a DataLoader worker outlive the signal that torchrun sends to the whole process group.
+
+    Otherwise the rank fails with "DataLoader worker killed" before it has saved its state.
+    """
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def kill_workers() -> None:
+    """End the DataLoader workers of a failed process, which ignore Python's SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader complains of their death
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its launcher dies, lest it trains on unseen."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Claim `folder` until this process ends, however it ends; keep the result.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(
+            f"--output-dir {folder}: another run is writing there; wait for it or choose another"
+        ) from None
+    return file
