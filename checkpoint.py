@@ -11,7 +11,6 @@ import hashlib
 import io
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,9 +80,9 @@ def newest(folder: Path) -> Path | None:
     Raises:
         ValueError: names every checkpoint in `folder`, if there are some and none verifies.
     """
-    numbered = sorted(folder.glob("model_*.pth"), key=lambda path: -path.stat().st_mtime)
-    candidates = [folder / NEWEST, folder / PREVIOUS, *numbered, folder / "best.pth"]
-    candidates = [path for path in candidates if path.exists()]
+    older = sorted(folder.glob("*.pth"), key=lambda path: -path.stat().st_mtime_ns)
+    candidates = [path for path in older if path.name == NEWEST]
+    candidates += [path for path in older if path.name != NEWEST]
     for path in candidates:
         if is_verified(path):
             return path
@@ -111,7 +110,7 @@ def load(path: Path) -> dict[str, Any]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # any bytes can be in the file, and raise anything
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
             f"--resume {path}: not a file of tensors and plain types, or damaged: {reason}"
@@ -159,10 +158,13 @@ def _commit(path: Path, digest: str) -> None:
 
 
 def _write(path: Path, data: bytes | memoryview) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not say which one
+        raise OSError(error.errno, error.strerror, str(path).removesuffix(".tmp")) from None
 
 
 def _sync(path: Path) -> None:

@@ -118,6 +118,7 @@ class CocoEvaluator:
                 "score": float(row[5]),
             }
             for row in detections
+            if int(row[6]) in category_id  # the 91 labels have gaps, which a model may predict
         ]
         path.write_text(json.dumps(results))
 

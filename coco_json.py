@@ -72,6 +72,9 @@ RULES = {
     "image files that are damaged": ("error", "copy them again"),
     "image files of another size than annotated": ("error", "correct width and height"),
     "image files with 16 bits per channel": ("error", "convert them to 8 bits"),
+    "image files with stray bytes": ("warning", "decoded all the same"),
+    "image files with an alpha channel": ("warning", "alpha is dropped"),
+    "splits that name different classes": ("error", "give both the same categories"),
 }
 # Empty, absolute (also as Windows writes it), with ".." between separators, or with NUL.
 _UNSAFE_NAME = re.compile(r"\A\Z|\A[/\\]|\A[a-zA-Z]:[/\\]|(\A|[/\\])\.\.([/\\]|\Z)|\0")
@@ -254,8 +257,9 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     categories = {field: column[by_id] for field, column in categories.items()}
     rows["image"] = _positions(images["id"], rows["image_id"])
     rows["category"] = _positions(categories["id"], rows["category_id"])
-    found += _check_images(images, categories) + _check_boxes(images, rows, categories)
-    return _pack(path, images, rows, categories), found
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308, reported as outside
+        found += _check_images(images, categories) + _check_boxes(images, rows, categories)
+        return _pack(path, images, rows, categories), found
 
 
 def _require_utf8(data: mmap.mmap) -> None:
@@ -432,7 +436,7 @@ def _repeated(values: np.ndarray) -> np.ndarray:
 
 def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
     """Convert `[n, 4]` float64 to float32, in torchvision's order of operations."""
-    with np.errstate(over="ignore", invalid="ignore"):  # a box at 1e300 lies outside in any case
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows lies outside in any case
         xywh = boxes_xywh.astype(np.float32)
         return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 

@@ -206,7 +206,7 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
         header = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         turn = _check_header(header, data, size)
         if header.format == "PNG":
-            image = torch.from_numpy(np.array(header.convert("RGB"))).permute(2, 0, 1).contiguous()
+            image = torch.from_numpy(np.array(header.convert("RGB"))).permute(2, 0, 1)
         else:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_image(encoded, ImageReadMode.RGB)

@@ -12,7 +12,6 @@ import functools
 import inspect
 import logging
 import math
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,9 +42,10 @@ ZERO_EPS = (
     detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
     detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
 )
-# The parameters whose rows belong to classes: of RetinaNet and FCOS, SSD, SSDlite, Faster R-CNN.
+# The parameters whose rows belong to classes: of RetinaNet, FCOS and SSD, then of Faster R-CNN.
 CLASS_ROWS = re.compile(
-    r"(cls_logits|classification_head\.module_list\.\d+(\.1)?|cls_score|bbox_pred)\.(weight|bias)$"
+    r"^head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?)\.(weight|bias)$"
+    r"|^roi_heads\.box_predictor\.(cls_score|bbox_pred)\.(weight|bias)$"
 )
 
 
@@ -199,6 +199,7 @@ def build_model(
     label_map: Sequence[Mapping[str, Any]],
     resize_in_training: bool = True,
     load: bool = True,
+    allow_new_classes: bool = True,
     *,
     weights: str | None = None,
     weights_backbone: str | None = None,
@@ -215,6 +216,7 @@ def build_model(
         label_map: the classes, `{"name", "label"}` each; labels count from 1, 0 is background.
         resize_in_training: False if the data's augmentation chooses the size.
         load: False builds the same architecture, frozen alike, without reading the weights.
+        allow_new_classes: False refuses `weights` that do not know every class.
         weights: of the whole detector, a torchvision name or a file; classes go by their names.
         weights_backbone: of the backbone, likewise. With either, torchvision freezes the first
             layers and, but for v2 and SSD, batch normalisation; without, all is trained.
@@ -260,7 +262,12 @@ def build_model(
         if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
             module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
     if load and weights:
-        load_weights(model, read_weights(weights, "--weights"), label_map)
+        new = load_weights(model, read_weights(weights, "--weights"), label_map)
+        if new and not allow_new_classes:
+            raise ValueError(
+                f"--weights {weights} do not know the classes {', '.join(new[:10])}, so there is "
+                "nothing to test; train on them first, or give data with the weights' classes"
+            )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
 
 
@@ -356,7 +363,9 @@ def _build_retinanet(
             backbone_name=resnet,
             weights=next(iter(models.get_model_weights(resnet))) if is_trained else None,
             norm_layer=FrozenBatchNorm2d if is_trained else nn.BatchNorm2d,
-            trainable_layers=(trainable_layers or 3) if is_trained else 5,
+            trainable_layers=(3 if trainable_layers is None else trainable_layers)
+            if is_trained
+            else 5,
             returned_layers=[2, 3, 4],
             extra_blocks=LastLevelP6P7(256, 256),
         )
@@ -428,11 +437,13 @@ def read_weights(source: str, flag: str) -> Weights:
     if path.is_file():
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # any bytes can be in the file, and raise anything
             reason = str(error).split("\n")[0][:200]
             raise ValueError(
                 f"{flag} {source}: not a file of tensors and plain types, or damaged: {reason}"
             ) from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{flag} {source}: holds a {type(content).__name__}, not weights")
         state = content.get("ema") or content.get("model") or content
         published = [w for w in _published() if Path(w.url).name == path.name]
         label_map = content.get("categories")
@@ -451,6 +462,11 @@ def read_weights(source: str, flag: str) -> Weights:
         raise ValueError(
             f"{flag} {source}: {Path(weights.url).name} is not in {cache} and cannot be downloaded "
             f"({error}); put the file there, or give its path instead of the name"
+        ) from None
+    except Exception as error:  # any bytes can be in the cached file, too
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        raise ValueError(
+            f"{flag} {source}: {cached} is damaged ({str(error)[:200]}); delete it to load it anew"
         ) from None
     return _named_weights(source, state, weights, None)
 
@@ -497,7 +513,8 @@ def load_weights(
                 new.append(category["name"])
         size = max(category["label"] for category in label_map) + 1
         for key in [key for key in state if CLASS_ROWS.search(key) and key in own]:
-            state[key] = _move_rows(state[key], own[key], pairs, size, "bbox_pred" in key)
+            if len(state[key]) % (len(own[key]) // size) == 0:  # else loading it says what is wrong
+                state[key] = _move_rows(state[key], own[key], pairs, size, "bbox_pred" in key)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -527,7 +544,9 @@ def _move_rows(
 ) -> Tensor:
     """Return `own` with the rows of known classes from `old`; `pairs` are (old, own) labels."""
     groups = len(own) // num_classes  # anchors per cell, or coordinates for `class_first`
-    moved = own.clone()
+    # With the same classes all rows are kept, also those of labels without a name.
+    is_same = old.shape == own.shape and all(source == target for source, target in pairs)
+    moved = old.clone() if is_same else own.clone()
     if class_first:
         old_rows, rows = old.unflatten(0, (-1, groups)), moved.unflatten(0, (-1, groups))
         for source, target in pairs:

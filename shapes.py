@@ -183,7 +183,7 @@ def _crowd_outlines(
     columns, rows = (int(n) for n in rng.integers(3, most, endpoint=True))
     corner = rng.uniform(0, [width - 8 * columns, height - 8 * rows])
     cells = [corner + 8 * np.array([x + 0.5, y + 0.5]) for y in range(rows) for x in range(columns)]
-    return [_outline(rng, name, c + rng.uniform(-1, 1, 2), rng.uniform(6, 8)) for c in cells]
+    return [_outline(rng, name, c + rng.uniform(-1, 1, 2), rng.uniform(5, 7)) for c in cells]
 
 
 def _polygon_area(corners: np.ndarray) -> float:

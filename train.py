@@ -635,6 +635,7 @@ def main(args: argparse.Namespace) -> None:
             label_map,
             args.data_augmentation not in presets.RESIZING,
             not saved,
+            not args.test_only,
             **pick(MODEL_FLAGS),
         )
         model = model.to(processes.device).to(memory_format=MEMORY_FORMATS[args.channels_last])

@@ -226,7 +226,7 @@ def lock_folder(folder: Path) -> IO[str]:
     """
     file = (folder / ".lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ValueError(
             f"--output-dir {folder}: another run is writing there; wait for it or choose another"

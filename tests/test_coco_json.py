@@ -1,0 +1,468 @@
+"""Annotations: every rule on a COCO file has a message and ids; nothing good is lost or altered.
+
+python -m pytest tests/test_coco_json.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import coco_json
+import coco_utils
+
+Document = dict[str, Any]
+SETTINGS = settings(
+    deadline=None,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def valid() -> Document:
+    """Three images, one without boxes; four annotations, one a crowd; two classes."""
+    return {
+        "info": {"description": "tëst"},
+        "images": [
+            {"id": 10, "file_name": "a.jpg", "width": 100, "height": 80},
+            {"id": 20, "file_name": "sub/b c.jpg", "width": 60, "height": 120},
+            {"id": 30, "file_name": "ü.png", "width": 50, "height": 50, "license": 3},
+        ],
+        "annotations": [
+            annotation(7, 20, 1, [1, 2.5, 30, 40]),
+            annotation(5, 10, 2, [10, 10, 20.25, 30], segmentation=[[1, 2, 3.5, 4]]),
+            annotation(6, 10, 1, [0, 0, 100, 80], iscrowd=1, segmentation={"counts": [1, 2]}),
+            annotation(9, 20, 1, [5, 5, 5, 5], attributes=[{"text": "},{"}, {"a": []}]),
+        ],
+        "categories": [{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}],
+    }
+
+
+def annotation(number: int, image: int, category: int, box: Any, **more: Any) -> Document:
+    area = 1.0 if not isinstance(box, list) or len(box) < 4 else float(box[2] * box[3])
+    ids = {"id": number, "image_id": image, "category_id": category}
+    return {**ids, "bbox": box, "area": area, "iscrowd": 0, **more}
+
+
+def changed(*path: Any, to: Any) -> Callable[[], bytes]:
+    """Return what writes the valid document with the value at `path` changed, or deleted."""
+
+    def write() -> bytes:
+        document = valid()
+        place: Any = document
+        for step in path[:-1]:
+            place = place[step]
+        if to is ...:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = to
+        return json.dumps(document).encode()
+
+    return write
+
+
+def text(change: Callable[[str], str], encoding: str = "utf-8") -> Callable[[], bytes]:
+    return lambda: change(json.dumps(valid(), ensure_ascii=False)).encode(encoding)
+
+
+BOX, IMAGE, CATEGORY = ("annotations", 1), ("images", 1), ("categories", 0)
+NOT_BOX = "bbox that is not four finite numbers"
+UNSAFE = "file_name not below the image folder"
+FLAT = "boxes without width or height"
+LOST = "boxes outside of their image, or thinner than 0.001 px"
+CUT = "boxes partly outside of their image"
+ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "empty file": (lambda: b"", "annotation file that is empty", "coco.json"),
+    "latin-1": (text(str, "latin-1"), "annotation file that is not UTF-8", "byte 27"),
+    "utf-16": (text(str, "utf-16"), "annotation file that is not UTF-8", "byte 0"),
+    "byte order mark": (text(str, "utf-8-sig"), "annotation file that is not UTF-8", "byte 0"),
+    "latin-1 where nothing is read": (
+        lambda: changed("info", to={"x": "?"})().replace(b"?", b"\xff"),
+        "annotation file that is not UTF-8",
+        "byte ",
+    ),
+    "cut short": (text(lambda t: t[:200]), "annotation file that is not JSON, or cut", "char 19"),
+    "a comma too many": (text(lambda t: t.replace("]}", "],}")), "is not JSON, or cut", "char"),
+    "nested too deeply": (
+        text(lambda t: t.replace('"tëst"', "[" * 10**5 + "]" * 10**5)),
+        "annotation file that is not JSON, or cut short",
+        "recursion",
+    ),
+    "a results file": (
+        lambda: b'[{"image_id": 1, "score": 0.5}]',
+        "annotation file that is not COCO's",
+        "$ is a list, as in a file of detections",
+    ),
+    "a number": (lambda: b"5", "annotation file that is not COCO's", "$ is no object"),
+    "test images only": (changed("annotations", to=...), "list missing", "$.annotations"),
+    "images by id": (changed("images", to={"1": {}}), "list missing", "$.images"),
+    "annotations a number": (changed("annotations", to=5), "list missing", "$.annotations"),
+    "categories null": (changed("categories", to=None), "list missing", "$.categories"),
+    "annotations twice": (
+        text(lambda t: t[:-1] + ', "annotations": []}'),
+        "list given twice, of which one would be lost",
+        "$.annotations",
+    ),
+    "image as number": (changed(*IMAGE, to=20), "entries that are not an object", "$.images[1]"),
+    "image id as text": (
+        changed(*IMAGE, "id", to="20"),
+        "id that is not a 64-bit integer",
+        '$.images[1].id = "20"',
+    ),
+    "image id as float": (
+        changed(*IMAGE, "id", to=20.0),
+        "id that is not a 64-bit integer",
+        "$.images[1].id = 20.0",
+    ),
+    "image id of 65 bits": (
+        changed(*IMAGE, "id", to=2**63),
+        "id that is not a 64-bit integer",
+        "$.images[1].id = 9223372036854775808",
+    ),
+    "image_id as text": (
+        changed(*BOX, "image_id", to="10"),
+        "image_id that is not a 64-bit integer",
+        '$.annotations[1].image_id = "10" (id 5)',
+    ),
+    "category_id null": (
+        changed(*BOX, "category_id", to=None),
+        "category_id that is not a 64-bit integer",
+        "$.annotations[1].category_id = null (id 5)",
+    ),
+    "annotation id missing": (
+        changed(*BOX, "id", to=...),
+        "id that is not a 64-bit integer",
+        "$.annotations[1].id is missing",
+    ),
+    "bbox missing": (
+        changed(*BOX, "bbox", to=...),
+        NOT_BOX,
+        "$.annotations[1].bbox is missing (id 5)",
+    ),
+    "bbox of three": (changed(*BOX, "bbox", to=[1, 2, 3]), NOT_BOX, "bbox = [1, 2, 3] (id 5)"),
+    "bbox NaN": (changed(*BOX, "bbox", to=[1, 2, float("nan"), 4]), NOT_BOX, "NaN, 4] (id 5)"),
+    "bbox Infinity": (
+        changed(*BOX, "bbox", to=[1, 2, 3, float("inf")]),
+        NOT_BOX,
+        "Infinity] (id 5)",
+    ),
+    "bbox 1e999": (
+        lambda: changed(*BOX, "bbox", to=["#"] * 4)().replace(b'"#"', b"1e999"),
+        NOT_BOX,
+        "(id 5)",
+    ),
+    "bbox of text": (changed(*BOX, "bbox", to="1 2 3 4"), NOT_BOX, '= "1 2 3 4" (id 5)'),
+    "bbox of huge integers": (changed(*BOX, "bbox", to=[1, 2, 3, 10**400]), NOT_BOX, "(id 5)"),
+    "area as text": (changed(*BOX, "area", to="9"), "area that is not a finite number", "(id 5)"),
+    "iscrowd as text": (changed(*BOX, "iscrowd", to="no"), "iscrowd that is not 0 or 1", "(id 5)"),
+    "iscrowd 2": (
+        changed(*BOX, "iscrowd", to=2),
+        "annotations with iscrowd other than 0 or 1",
+        "5 (iscrowd 2)",
+    ),
+    "file_name a number": (
+        changed(*IMAGE, "file_name", to=1),
+        "file_name that is not text",
+        "(id 20)",
+    ),
+    "half a character": (
+        changed(*IMAGE, "file_name", to="\ud800.jpg"),
+        "file_name that is not text",
+        "(id 20)",
+    ),
+    "width as float": (changed(*IMAGE, "width", to=60.0), "width that is not", "= 60.0 (id 20)"),
+    "name missing": (changed(*CATEGORY, "name", to=...), "name that is not text", "(id 2)"),
+    "no images": (changed("images", to=[]), "no images", "$.images"),
+    "no categories": (changed("categories", to=[]), "no categories", "$.categories"),
+    "image id twice": (changed(*IMAGE, "id", to=10), "image ids that occur twice", "10"),
+    "annotation id twice": (changed(*BOX, "id", to=7), "annotation ids that occur twice", "7"),
+    "category id twice": (changed(*CATEGORY, "id", to=1), "category ids that occur twice", "1"),
+    "name twice": (changed(*CATEGORY, "name", to="cat"), "category names that occur twice", "cat"),
+    "width 0": (
+        changed(*IMAGE, "width", to=0),
+        "width or height not positive",
+        "20 'sub/b c.jpg' of 0",
+    ),
+    "height below 0": (changed(*IMAGE, "height", to=-9), "width or height not positive", "60 x -9"),
+    "90 megapixels": (changed(*IMAGE, "width", to=10**6), "images over 89 megapixels", "20 "),
+    "huge sides": (
+        lambda: json.dumps(
+            valid() | {"images": [{**valid()["images"][0], "width": 2**62, "height": 2**62}]}
+        ).encode(),
+        "images over 89 megapixels",
+        "10 ",
+    ),
+    "absolute name": (changed(*IMAGE, "file_name", to="/etc/passwd"), UNSAFE, "20 '/etc/passwd'"),
+    "name with ..": (
+        changed(*IMAGE, "file_name", to="x/../../y.jpg"),
+        UNSAFE,
+        "20 'x/../../y.jpg'",
+    ),
+    "name with ..\\": (changed(*IMAGE, "file_name", to="..\\y.jpg"), UNSAFE, "20 '..\\\\y.jpg'"),
+    "name with a drive": (changed(*IMAGE, "file_name", to="C:\\y.jpg"), UNSAFE, "20 'C:\\\\y.jpg'"),
+    "name with NUL": (changed(*IMAGE, "file_name", to="y\0.jpg"), UNSAFE, "20 'y\\x00.jpg'"),
+    "empty name": (changed(*IMAGE, "file_name", to=""), UNSAFE, "20 ''"),
+    "unknown image": (
+        changed(*BOX, "image_id", to=11),
+        "annotations of an unknown image_id",
+        "5 (image_id 11)",
+    ),
+    "unknown category": (
+        changed(*BOX, "category_id", to=3),
+        "annotations of an unknown category_id",
+        "5 (category_id 3)",
+    ),
+}
+WARNINGS: dict[str, tuple[Callable[[], bytes], str, str]] = {
+    "no iscrowd": (changed(*BOX, "iscrowd", to=...), "annotations without iscrowd", "5"),
+    "no area": (changed(*BOX, "area", to=...), "annotations without area", "5"),
+    "id 0": (changed(*BOX, "id", to=0), "annotations with the id 0", "0 (image_id 10)"),
+    "width 0": (changed(*BOX, "bbox", to=[1, 1, 0, 5]), FLAT, "5 [1.0, 1.0, 0.0, 5.0]"),
+    "height below 0": (changed(*BOX, "bbox", to=[1, 9, 5, -5]), FLAT, "5 [1.0, 9.0, 5.0, -5.0]"),
+    "outside": (changed(*BOX, "bbox", to=[200, 1, 5, 5]), LOST, "5 [200.0, 1.0, 5.0, 5.0]"),
+    "far outside": (changed(*BOX, "bbox", to=[-1e300, 1, 1e301, 5]), LOST, "5 [-1e+300"),
+    "thin": (changed(*BOX, "bbox", to=[1, 1, 1e-4, 5]), LOST, "5 [1.0, 1.0, 0.0001, 5.0]"),
+    "left of it": (changed(*BOX, "bbox", to=[-1, 1, 5, 5]), CUT, "5 [-1.0, 1.0, 5.0, 5.0]"),
+    "right of it": (changed(*BOX, "bbox", to=[96, 1, 5, 5]), CUT, "5 [96.0, 1.0, 5.0, 5.0]"),
+    "unused class": (changed(*BOX, "category_id", to=1), "categories without boxes", "dog"),
+    "shared file": (
+        changed(*IMAGE, "file_name", to="a.jpg"),
+        "images that share a file",
+        "'a.jpg'",
+    ),
+}
+
+
+def write(folder: Path, content: bytes) -> Path:
+    path = folder / "coco.json"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_error_is_listed_with_ids(case: str, tmp_path: Path) -> None:
+    content, what, ids = ERRORS[case]
+    path = write(tmp_path, content())
+    with pytest.raises(ValueError) as caught:
+        coco_utils.read_annotations(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path} cannot be used"
+    assert [
+        line for line in lines[1:] if line.startswith("  error: ") and what in line and ids in line
+    ]
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_warning_states_its_rule(case: str, tmp_path: Path) -> None:
+    content, what, ids = WARNINGS[case]
+    annotations, warnings = coco_utils.read_annotations(write(tmp_path, content()))
+    assert len(annotations.ids) == 4  # nothing is lost from the arrays
+    (warning,) = [warning for warning in warnings if warning.what == what]
+    assert (warning.severity, warning.count) == ("warning", 1)
+    assert warning.cases[0].startswith(ids)
+
+
+def test_every_rule_on_a_file_has_a_fixture() -> None:
+    tested = {what for _, what, _ in (*ERRORS.values(), *WARNINGS.values())}
+    rules = {rule for rule in coco_json.RULES if "image files" not in rule}
+    rules -= {"annotations that cannot be cached", "splits that name different classes"}
+    assert {rule for rule in rules if not any(what in rule for what in tested)} == set()
+    assert len(ERRORS) + len(WARNINGS) >= 35
+
+
+def test_all_findings_are_listed_ten_ids_each(tmp_path: Path) -> None:
+    document = valid()
+    document["annotations"] += [annotation(i, 11, 1, [1, 1, 9, 9]) for i in range(100, 125)]
+    document["images"][0]["id"] = 20
+    with pytest.raises(ValueError) as caught:
+        coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
+    message = str(caught.value)
+    assert "image ids that occur twice: 20 (" in message
+    assert "100 (image_id 11)" in message and "and 17 more (remove them" in message  # 25 + 2 - 10
+    assert "110 (image_id 11)" not in message
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_clean_sets_have_no_findings(split: str, tiny_shapes: Path, bccd: Path) -> None:
+    for folder in (tiny_shapes, bccd):
+        path = folder / "annotations" / f"instances_{split}2017.json"
+        annotations, findings = coco_utils.read_annotations(path)
+        assert findings == []
+        assert coco_utils.missing_images(annotations, folder / f"{split}2017") == []
+        assert_equals_json(annotations, path.read_bytes())
+
+
+def test_legal_oddities_are_kept(tmp_path: Path) -> None:
+    document = valid()
+    document["images"][0]["id"] = document["annotations"][1]["image_id"] = 2**63 - 1
+    document["annotations"][2]["image_id"] = 2**63 - 1
+    document["annotations"][2]["iscrowd"] = True
+    document["images"][1]["id"] = -4
+    document["annotations"][0]["image_id"] = document["annotations"][3]["image_id"] = -4
+    annotations, findings = coco_utils.read_annotations(
+        write(tmp_path, json.dumps(document).encode())
+    )
+    assert findings == []
+    assert annotations.image_ids.tolist() == [2**63 - 1, -4, 30]
+    assert [annotations.file_name(i) for i in range(3)] == ["a.jpg", "sub/b c.jpg", "ü.png"]
+    assert annotations.ids.tolist() == [5, 6, 7, 9]  # by image, then as in the file
+    assert annotations.iscrowd.tolist() == [False, True, False, False]
+    assert annotations.categories == ((1, "cat"), (2, "dog"))
+    assert annotations.offsets.tolist() == [0, 2, 4, 4]
+    assert annotations.sizes.tolist() == [[80, 100], [120, 60], [50, 50]]
+
+
+def assert_equals_json(annotations: coco_utils.Annotations, content: bytes) -> None:
+    """Check against what Python's own reader makes of the file."""
+    document = json.loads(content.decode())
+    images, categories = document["images"], {c["id"]: c["name"] for c in document["categories"]}
+    assert annotations.image_ids.tolist() == [image["id"] for image in images]
+    names = [annotations.file_name(i) for i in range(len(annotations))]
+    assert names == [image["file_name"] for image in images]
+    assert annotations.sizes.tolist() == [[image["height"], image["width"]] for image in images]
+    assert dict(annotations.categories) == categories
+    of = annotations.image_ids[annotations.image_of_annotation()].tolist()
+    ours = sorted(zip(annotations.ids.tolist(), of, annotations.boxes_xywh.tolist(), strict=True))
+    theirs = [
+        (a["id"], a["image_id"], [float(v) for v in a["bbox"]]) for a in document["annotations"]
+    ]
+    assert ours == sorted(theirs)
+    label = dict(zip(annotations.ids.tolist(), annotations.category_index.tolist(), strict=True))
+    assert all(
+        annotations.categories[label[a["id"]]][0] == a["category_id"]
+        for a in document["annotations"]
+    )
+    crowd = dict(zip(annotations.ids.tolist(), annotations.iscrowd.tolist(), strict=True))
+    assert all(crowd[a["id"]] == bool(a.get("iscrowd", 0)) for a in document["annotations"])
+
+
+def assert_refused_or_equal(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    try:
+        annotations, _ = coco_utils.read_annotations(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path} cannot be used\n  error: ")
+        return
+    assert_equals_json(annotations, content)
+
+
+@pytest.fixture(params=[32, 2**24], ids=["pieces of 32 bytes", "one piece"])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(coco_json, "PIECE", request.param)
+    return request.param
+
+
+@SETTINGS
+@given(data=st.data())
+def test_damaged_bytes_are_refused_or_read_as_python_does(
+    data: st.DataObject, piece: int, tmp_path: Path
+) -> None:
+    content = bytearray(json.dumps(valid(), ensure_ascii=False).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["flip", "set", "delete", "insert", "cut", "repeat"]))
+        if kind == "flip":
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+        elif kind == "set":
+            content[place] = data.draw(st.sampled_from(b'0123456789.-+eE"{}[],:\\ nNtfI\xff\x00'))
+        elif kind == "insert":
+            content[place:place] = data.draw(st.binary(min_size=1, max_size=4))
+        elif kind == "repeat":
+            content[place:place] = content[place : place + data.draw(st.integers(1, 200))]
+        else:
+            del content[place : place + (1 if kind == "delete" else 10**6)]
+        if not content:
+            break
+    assert_refused_or_equal(tmp_path / "coco.json", bytes(content))
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_damaged_values_are_refused_or_read_as_python_does(
+    data: st.DataObject, piece: int, tmp_path: Path
+) -> None:
+    document = valid()
+    for _ in range(data.draw(st.integers(1, 3))):
+        place: Any = document
+        while isinstance(place, dict | list) and place:
+            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+            key = data.draw(st.sampled_from(list(keys)))
+            if data.draw(st.booleans()) or not isinstance(place[key], dict | list):
+                place[key] = data.draw(
+                    ANY_JSON | st.sampled_from([0, 1, 10, 20, 2**63, 1.0, 1e308])
+                )
+                break
+            place = place[key]
+    assert_refused_or_equal(tmp_path / "coco.json", json.dumps(document).encode())
+
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**70), 2**70)
+
+
+@SETTINGS
+@given(
+    boxes=st.lists(st.lists(NUMBERS, min_size=4, max_size=4), max_size=30),
+    extra=st.lists(st.text('},{[]"\\a ', max_size=8), min_size=1, max_size=4),
+    layout=st.sampled_from([(",", ":"), (", ", ": "), (",\n ", " : "), " "]),
+)
+def test_valid_files_are_read_to_the_bit(
+    boxes: list[Any], extra: list[str], layout: Any, piece: int, tmp_path: Path
+) -> None:
+    document = valid()
+    document["annotations"] = [
+        {
+            "x": [{"t": text} for text in extra],
+            **annotation(i, 10 * (1 + i % 3), 1 + i % 2, [1, 1, 1, 1]),
+        }
+        | {"bbox": box}
+        for i, box in enumerate(boxes)
+    ]
+    if layout == " ":
+        content = json.dumps(document, indent=1).encode()
+    else:
+        content = json.dumps(document, separators=layout).encode()
+    annotations, _ = coco_utils.read_annotations(write(tmp_path, content))
+    assert_equals_json(annotations, content)
+
+
+def test_only_a_private_copy_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco_json, "PIECE", 64)
+    content = json.dumps(valid()).encode()
+    coco_utils.read_annotations(write(tmp_path, content))
+    assert (tmp_path / "coco.json").read_bytes() == content
+
+
+def test_fingerprint_changes_with_what_training_sees(tmp_path: Path) -> None:
+    def fingerprint(document: Document) -> str:
+        return coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))[
+            0
+        ].fingerprint()
+
+    reference = fingerprint(valid())
+    assert fingerprint(copy.deepcopy(valid())) == reference
+    for path, value in (
+        (("annotations", 0, "bbox"), [1, 2.5, 30, 41]),
+        (("annotations", 0, "category_id"), 2),
+        (("annotations", 0, "iscrowd"), 1),
+        (("annotations", 0, "image_id"), 30),
+        (("images", 0, "file_name"), "c.jpg"),
+        (("images", 0, "width"), 101),
+        (("categories", 0, "name"), "cow"),
+    ):
+        assert fingerprint(json.loads(changed(*path, to=value)())) != reference, path

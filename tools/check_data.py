@@ -1,0 +1,315 @@
+"""Check a data set by every rule, opening every image, and describe it.
+
+    python -m tools.check_data --data-path /coco --plot data.png
+    python -m tools.check_data --dataset voc --data-path VOC2012 --coco-output voc_as_coco
+
+Exits with 1 if there are errors. The rules are in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import coco_json
+import coco_utils
+import data_cache
+import formats
+import train
+from coco_json import Annotations, Finding
+
+AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
+MOST_CLASSES = 25  # rows of the class table on the terminal
+
+
+@dataclass
+class Split:
+    """What was found in one split; `annotations` is None if the file has not COCO's shape."""
+
+    name: str
+    images: Path
+    path: Path
+    annotations: Annotations | None
+    findings: list[Finding]
+
+
+def check_split(name: str, images: Path, annotations: Path, workers: int) -> Split:
+    """Apply every rule to one split: to its annotation file, then to each image.
+
+    Raises:
+        ValueError: if there is no such file or folder.
+    """
+    if not images.is_dir():
+        raise ValueError(f"the image folder {images} does not exist; check --data-path")
+    packed, findings = data_cache.examine(annotations)
+    if packed is not None:
+        findings = findings + check_images(packed, images, workers, f"{name} images")
+    return Split(name, images, annotations, packed, findings)
+
+
+def check_images(
+    annotations: Annotations, root: Path, workers: int, title: str = "images"
+) -> list[Finding]:
+    """Open every image in `workers` processes; on a terminal with a progress bar.
+
+    Raises:
+        ValueError: if a process dies, and near which image.
+    """
+    cases: dict[str, list[str]] = {}
+    with ProcessPoolExecutor(
+        max_workers=max(1, workers),
+        mp_context=multiprocessing.get_context("fork"),  # shares the packed annotations
+        initializer=_start_worker,
+        initargs=(annotations, root),
+    ) as pool:
+        done = pool.map(_check_image, range(len(annotations)), chunksize=32)
+        bar = tqdm(done, title, len(annotations), unit="", disable=not sys.stderr.isatty())
+        try:
+            for number, problems in enumerate(bar):
+                for rule, detail in problems:
+                    case = f"{annotations.image_ids[number]} {annotations.file_name(number)!r}"
+                    cases.setdefault(rule, []).append(f"{case} {detail}".rstrip())
+        except BrokenProcessPool:
+            raise ValueError(
+                f"a process died opening an image after {annotations.file_name(bar.n)!r}: its "
+                "decoder crashed, or memory ran out; try --workers 1"
+            ) from None
+    order = list(coco_json.RULES)
+    return [
+        f for rule in sorted(cases, key=order.index) for f in coco_json.finding(rule, cases[rule])
+    ]
+
+
+_annotations: Annotations
+_root: Path
+_complaints: IO[bytes]
+
+
+def _start_worker(annotations: Annotations, root: Path) -> None:
+    """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
+    global _annotations, _root, _complaints
+    _annotations, _root = annotations, root
+    _complaints = tempfile.TemporaryFile(buffering=0)
+    os.dup2(_complaints.fileno(), 2)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def _check_image(number: int) -> list[tuple[str, str]]:
+    """Return the rules that an image breaks, and how."""
+    path = _root / _annotations.file_name(number)
+    try:
+        height, width = _annotations.sizes[number].tolist()
+        coco_utils.read_image(path, _root, (height, width))
+    except coco_utils.ImageError as error:
+        _take_complaints()
+        return [(error.rule, str(error))]
+    problems = []
+    for line in _take_complaints():  # "Corrupt JPEG data: premature end of data segment"
+        stray = "extraneous bytes" in line
+        rule = "image files with stray bytes" if stray else "image files that are damaged"
+        problems.append((rule, line))
+    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
+        if header.has_transparency_data:
+            problems.append(("image files with an alpha channel", ""))
+    return problems
+
+
+def _take_complaints() -> list[str]:
+    if _complaints.tell() == 0:  # the place is shared with standard error
+        return []
+    _complaints.seek(0)
+    text = _complaints.read().decode(errors="replace")
+    _complaints.seek(0)
+    _complaints.truncate()
+    return sorted({line.strip() for line in text.splitlines() if line.strip()})
+
+
+def describe(annotations: Annotations) -> dict[str, Any]:
+    """Return what a split holds, as plain numbers."""
+    height, width = annotations.sizes.T.astype(np.float64)
+    per_image = np.diff(annotations.offsets)
+    area = annotations.area
+    names = [name for _, name in annotations.categories]
+    per_class = np.bincount(annotations.category_index, minlength=len(names))
+    return {
+        "images": len(annotations),
+        "images_without_boxes": int((per_image == 0).sum()),
+        "boxes": len(annotations.ids),
+        "crowds": int(annotations.iscrowd.sum()),
+        "classes": len(names),
+        **{
+            f"{name}_boxes": int(((area >= least) & (area < most)).sum())
+            for name, (least, most) in AREAS.items()
+        },
+        "width": _spread(width),
+        "height": _spread(height),
+        "aspect_ratio": _spread(width / np.maximum(height, 1)),
+        "boxes_per_image": _spread(per_image),
+        "boxes_per_class": dict(zip(names, per_class.tolist(), strict=True)),
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if len(values) == 0:
+        return {}
+    low, middle, high = np.quantile(values, [0, 0.5, 1]).tolist()
+    return {"min": low, "median": middle, "mean": float(values.mean()), "max": high}
+
+
+def summary_lines(splits: Sequence[Split], data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the terminal's tables: what the splits hold, their classes, and the findings."""
+    if data:
+        yield _row("", list(data))
+        for label, key, whole in (
+            ("images", "images", None),
+            ("  without boxes", "images_without_boxes", "images"),
+            ("boxes", "boxes", None),
+            ("  crowds", "crowds", "boxes"),
+            ("  small  (area below 32²)", "small_boxes", "boxes"),
+            ("  medium (below 96²)", "medium_boxes", "boxes"),
+            ("  large", "large_boxes", "boxes"),
+        ):
+            yield _row(label, [_count(d[key], d[whole] if whole else 0) for d in data.values()])
+        for label, key in (
+            ("width", "width"),
+            ("height", "height"),
+            ("width / height", "aspect_ratio"),
+            ("boxes per image", "boxes_per_image"),
+        ):
+            yield _row(f"{label}: least, median, most", [_three(d[key]) for d in data.values()])
+        yield ""
+        yield from _class_lines(data)
+        yield ""
+    yield from _finding_lines(splits)
+
+
+def _three(spread: Mapping[str, float]) -> str:
+    return "  ".join(f"{spread[key]:.4g}" for key in ("min", "median", "max") if spread)
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"{label[:38]:<38}" + "".join(f"{cell:>22}" for cell in cells)
+
+
+def _count(value: int, whole: int) -> str:
+    return f"{value:,}" + (f" ({value / whole:5.1%})" if whole else "")
+
+
+def _class_lines(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    counts = [d["boxes_per_class"] for d in data.values()]
+    names = sorted({n for c in counts for n in c}, key=lambda n: (-counts[0].get(n, 0), n))
+    yield _row(f"boxes of {len(names)} classes", list(data))
+    half = MOST_CLASSES // 2
+    shown = names if len(names) <= MOST_CLASSES else [*names[: half + 1], "…", *names[-half:]]
+    for name in shown:
+        if name == "…" and name not in names:
+            yield f"  … {len(names) - 2 * half - 1} more (--json has all)"
+            continue
+        cells = [
+            _count(c.get(name, 0), d["boxes"]) for c, d in zip(counts, data.values(), strict=True)
+        ]
+        yield _row(f"  {name}", cells)
+
+
+def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
+    found = [(split.name, finding) for split in splits for finding in split.findings]
+    if not found:
+        yield "findings: none"
+        return
+    yield "findings"
+    for name, finding in sorted(found, key=lambda pair: pair[1].severity):
+        yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
+        for case in finding.cases:
+            yield f"{'':20}{case}"
+        if finding.count > len(finding.cases):
+            yield f"{'':20}and {finding.count - len(finding.cases):,} more"
+        yield f"{'':20}→ {finding.fix}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the flags; those that say where the data is are `train.py`'s."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--dataset", choices=("coco", "shapes", *formats.LAYOUTS), default="coco")
+    parser.add_argument("--data-path", type=Path, help="COCO, VOC or YOLO folder")
+    for name in train.PATH_FLAGS:
+        parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
+    parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
+    parser.add_argument("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a page of plots")
+    parser.add_argument(
+        "--min-size", type=int, default=800, help="shorter side in training, pixels"
+    )
+    parser.add_argument("--max-size", type=int, default=1333, help="longer side at most, pixels")
+    parser.add_argument("--coco-output", type=Path, metavar="FOLDER", help="keep COCO JSON files")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, print, draw; return the exit status."""
+    flags = build_parser().parse_args(argv)
+    overrides = {name: getattr(flags, name) for name in train.PATH_FLAGS}
+    if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
+        raise ValueError("--data-path is missing: a folder in COCO layout, or see --dataset")
+    paths = train.data_paths(flags.dataset, flags.data_path, overrides)
+    splits = [
+        check_split(s, paths[f"{s}_images"], paths[f"{s}_annotations"], flags.workers)
+        for s in flags.splits
+    ]
+    whole = [(split, split.annotations) for split in splits if split.annotations is not None]
+    if len(whole) == 2:
+        names = [{name for _, name in annotations.categories} for _, annotations in whole]
+        whole[1][0].findings += coco_json.finding(
+            "splits that name different classes", sorted(names[0] ^ names[1]), repr
+        )
+    data = {split.name: describe(annotations) for split, annotations in whole}
+    num_errors = sum(f.severity == "error" for split in splits for f in split.findings)
+    if flags.json:
+        about = {
+            split.name: {
+                "annotations": str(split.path),
+                "images": str(split.images),
+                "findings": [asdict(finding) for finding in split.findings],
+                "data": data.get(split.name),
+            }
+            for split in splits
+        }
+        print(json.dumps({"errors": num_errors, "splits": about}, indent=2))
+    else:
+        print("\n".join(summary_lines(splits, data)))
+    if flags.plot and whole:
+        from tools import data_plots
+
+        data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
+        print(f"drawn: {flags.plot}", file=sys.stderr)
+    if flags.coco_output:
+        flags.coco_output.mkdir(parents=True, exist_ok=True)
+        for split in splits:
+            shutil.copy(split.path, flags.coco_output / f"{split.name}.json")
+        print(f"COCO JSON files are in {flags.coco_output}", file=sys.stderr)
+    return 1 if num_errors else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")
