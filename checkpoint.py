@@ -59,6 +59,14 @@ def copy(source: Path, target: Path, link: bool = False) -> None:
     _commit(target, digest)
 
 
+def prune(folder: Path, keep: int) -> None:
+    """Delete the oldest `model_N.pth` in `folder`, all but `keep`; other names are left alone."""
+    numbered = sorted(folder.glob("model_*.pth"), key=lambda path: int(path.stem[len("model_") :]))
+    for path in numbered[: max(0, len(numbered) - keep)]:
+        path.unlink()
+        _sidecar(path).unlink(missing_ok=True)
+
+
 def is_verified(path: Path) -> bool:
     """Return whether `path` has a sidecar and the content that it states."""
     try:

@@ -154,6 +154,7 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
     add("--resume", help="a checkpoint, or 'auto' for the newest in --output-dir")
     add("--seed", type=int, default=0, help="of order, augmentation and initial weights")
     add("--checkpoint-every", type=int, default=1000, help="optimizer steps; 0: every epoch")
+    add("--keep-checkpoints", type=int, help="newest model_EPOCH.pth to keep; all")
     add("--max-steps", type=int, help="stop cleanly after this many optimizer steps in all")
     add("--print-freq", type=int, default=20, help="optimizer steps per line of the log")
     add("--tensorboard", action="store_true", help="write scalars to OUTPUT_DIR/tensorboard")
@@ -189,6 +190,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if value is not None and value <= 0 or value is None and name in positive:
             raise ValueError(f"{_flag(name)} {value}: must be greater than 0")
     for name in (
+        "keep_checkpoints",
         "workers",
         "seed",
         "wd",
@@ -244,22 +246,33 @@ def data_paths(
     return paths | {name: path for name, path in overrides.items() if path is not None}
 
 
-def read_split(images: Path, annotations: Path) -> coco_utils.Annotations:
-    """Read one split, log its warnings, and see that its images are there.
+def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_utils.Annotations]:
+    """Read the annotations of `splits`, log all warnings, and see that the images are there.
 
     Raises:
-        ValueError: lists what is missing or wrong.
+        ValueError: lists what is missing or wrong, in all splits.
     """
-    if not images.is_dir():
-        raise ValueError(f"the image folder {images} does not exist; check --data-path")
-    packed, findings = data_cache.examine(annotations)
-    if packed is not None:
-        findings += coco_utils.missing_images(packed, images)
-    coco_json.require_no_errors(annotations, findings)
-    assert packed is not None
-    for warning in findings:
-        logger.warning("%s: %s", annotations.name, warning)
-    return packed
+    read, problems = [], []
+    for split in splits:
+        images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
+        if not images.is_dir():
+            problems.append(f"the image folder {images} does not exist; check --data-path")
+            continue
+        try:
+            packed, findings = data_cache.examine(annotations)
+            if packed is not None:
+                findings += coco_utils.missing_images(packed, images)
+            coco_json.require_no_errors(annotations, findings)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        assert packed is not None
+        read.append(packed)
+        for warning in findings:
+            logger.warning("%s: %s", annotations.name, warning)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return read
 
 
 def build_optimizer(
@@ -535,6 +548,8 @@ class Run:
                 checkpoint.save(self.state.state_dict() | self.extra, path)
                 if name is not None:
                     checkpoint.copy(path, self.folder / name)
+                if self.settings["keep_checkpoints"] is not None:
+                    checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
             except OSError as error:
                 problem = f"cannot write {path}: {error}"
         problem = self.processes.broadcast(problem)
@@ -619,10 +634,8 @@ def main(args: argparse.Namespace) -> None:
 
         # Data and classes
         paths = data_paths(args.dataset, args.data_path, pick(PATH_FLAGS))
-        val = read_split(paths["val_images"], paths["val_annotations"])
-        train = val
-        if not args.test_only:
-            train = read_split(paths["train_images"], paths["train_annotations"])
+        val, *rest = read_splits(paths, ["val"] if args.test_only else ["val", "train"])
+        train = rest[0] if rest else val
         saved = checkpoint.load(resume) if resume else {}
         label_map = saved.get("categories") or coco_utils.label_categories(train.categories)
         coco_utils.require_same_classes(label_map, train, str(resume))
@@ -630,13 +643,9 @@ def main(args: argparse.Namespace) -> None:
 
         # Model
         torch.manual_seed(args.seed)
+        resize = args.data_augmentation not in presets.RESIZING
         model = build_model(
-            args.model,
-            label_map,
-            args.data_augmentation not in presets.RESIZING,
-            not saved,
-            not args.test_only,
-            **pick(MODEL_FLAGS),
+            args.model, label_map, resize, not saved, not args.test_only, **pick(MODEL_FLAGS)
         )
         model = model.to(processes.device).to(memory_format=MEMORY_FORMATS[args.channels_last])
 

@@ -621,3 +621,23 @@ def test_the_malice_would_work_on_who_unpickles_it(tmp_path: Path, form: str) ->
     write_malice(tmp_path / NEWEST, tmp_path / "canary", form)
     torch.load(tmp_path / NEWEST, weights_only=False)
     assert (tmp_path / "canary").exists()
+
+
+def test_pruning_keeps_the_newest_epochs_and_every_other_checkpoint(tmp_path: Path) -> None:
+    for epoch in (8, 9, 10, 11):
+        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoint.pth")
+        checkpoint.copy(tmp_path / "checkpoint.pth", tmp_path / f"model_{epoch}.pth")
+    checkpoint.copy(tmp_path / "checkpoint.pth", tmp_path / "best.pth")
+    checkpoint.prune(tmp_path, keep=2)
+    names = {
+        "checkpoint.pth",
+        "checkpoint.previous.pth",
+        "best.pth",
+        "model_10.pth",
+        "model_11.pth",
+    }
+    assert {path.name for path in tmp_path.glob("*.pth")} == names
+    assert {path.name for path in tmp_path.glob("*.sha256")} == {f"{n}.sha256" for n in names}
+    checkpoint.prune(tmp_path, keep=0)
+    assert not list(tmp_path.glob("model_*"))
+    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint.pth"
