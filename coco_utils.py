@@ -220,7 +220,7 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error ...
         reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).split("\n")[0])
         raise ImageError(f"is damaged: {reason}", "image files that are damaged") from None
-    return image.transpose(1, 2).flip(_FLIPS[turn]).contiguous() if turn else image
+    return image.transpose(1, 2).flip(_FLIPS[turn]) if turn else image
 
 
 def _check_header(header: Image.Image, data: bytes, size: tuple[int, int]) -> int:

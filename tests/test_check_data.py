@@ -1,0 +1,214 @@
+"""tools.check_data finds every rule's fault by id, opens every image, describes and draws data.
+
+python -m pytest tests/test_check_data.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+from test_coco_json import annotation, valid
+from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
+
+import coco_json
+import coco_utils
+from tools import check_data, data_plots
+
+
+def make_folder(root: Path, files: dict[str, bytes], document: Any = None) -> Path:
+    """Write a COCO folder whose two splits hold `files`, 64 x 40 pixels each."""
+    if document is None:
+        images = [
+            {"id": i, "file_name": name, "width": 64, "height": 40}
+            for i, name in enumerate(files, start=100)
+        ]
+        boxes = [annotation(1, 100, 1, [1, 1, 9, 9]), annotation(2, 100, 2, [1, 1, 9, 9])]
+        document = valid() | {"images": images, "annotations": boxes}
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
+        for name, content in files.items():
+            path = root / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return root
+
+
+def findings(root: Path) -> dict[str, coco_json.Finding]:
+    path = root / "annotations" / "instances_train2017.json"
+    split = check_data.check_split("train", root / "train2017", path, workers=2)
+    return {finding.what: finding for finding in split.findings}
+
+
+def corrupt(content: bytes) -> bytes:
+    """Cut a JPEG in the middle and end it properly: decoders make up the rest, gray."""
+    return content[: len(content) * 2 // 3] + b"\xff\xd9"
+
+
+def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
+    files = {"good.jpg": JPEG, **{f"{case}.img": content for case, (content, *_) in BAD.items()}}
+    files["patched.jpg"] = corrupt(encoded(PICTURE, format="JPEG", quality=95))
+    files["stray.jpg"] = JPEG[:20] + b"\x01\x02\x03\x04" + JPEG[20:]  # between two segments
+    restarts = encoded(PICTURE, format="JPEG", quality=95, restart_marker_rows=1)
+    place = restarts.index(b"\xff\xd1")  # the decoder has all its rows before it sees these bytes
+    files["lost.jpg"] = restarts[:place] + b"\x55" * 20 + restarts[place:]
+    files["alpha.png"] = encoded(with_alpha(PICTURE), format="PNG")
+    files["alpha.webp"] = encoded(with_alpha(PICTURE), format="WEBP")
+    files["missing.jpg"] = files["link.jpg"] = JPEG
+    root = make_folder(tmp_path / "data", files)
+    (root / "train2017" / "missing.jpg").unlink()
+    (root / "train2017" / "link.jpg").unlink()
+    (root / "train2017" / "link.jpg").symlink_to(root / "val2017" / "link.jpg")
+    found = findings(root)
+
+    expected: dict[str, list[str]] = {}
+    names = list(files)
+    for case, (_, rule, _) in BAD.items():
+        expected.setdefault(rule, []).append(f"{case}.img")
+    expected[DAMAGED] += ["patched.jpg", "lost.jpg"]
+    expected["image files with stray bytes"] = ["stray.jpg"]
+    expected["image files with an alpha channel"] = ["alpha.png", "alpha.webp"]
+    expected["image files missing"] = ["missing.jpg"]
+    expected["image files outside of the image folder"] = ["link.jpg"]
+    assert set(found) == set(expected)
+    for rule, cases in expected.items():
+        assert found[rule].count == len(cases), rule
+        for case, text in zip(cases, found[rule].cases, strict=False):
+            assert text.startswith(f"{100 + names.index(case)} {case!r}"), rule
+    warned = {rule for rule, finding in found.items() if finding.severity == "warning"}
+    assert warned == {"image files with stray bytes", "image files with an alpha channel"}
+    rules = {rule for rule in coco_json.RULES if "image files" in rule}
+    assert rules - set(found) == {"image files that cannot be read"}  # in test_coco_utils
+
+
+def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
+    document = valid()
+    document["annotations"][0]["image_id"] = 11
+    document["images"][1]["file_name"] = "../../etc/passwd"
+    cut = encoded(PICTURE.resize((100, 80)), format="JPEG")[:-9]
+    files = {"a.jpg": cut, "ü.png": b""}
+    found = findings(make_folder(tmp_path / "data", files, document))
+    assert {
+        *("annotations of an unknown image_id", "file_name not below the image folder", DAMAGED),
+        "image files that are empty",
+    } <= set(found)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_dead_process_is_an_error_not_a_hang(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    annotations, _ = coco_utils.read_annotations(root / "annotations/instances_train2017.json")
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(coco_utils, "read_image", die)
+    with pytest.raises(ValueError, match="a process died opening an image"):
+        check_data.check_images(annotations, root / "train2017", workers)
+
+
+@pytest.mark.parametrize("name", ["shapes", "bccd"])
+def test_clean_sets_have_no_findings_and_exit_0(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue("tiny_shapes" if name == "shapes" else name)
+    page = tmp_path / "page.png"
+    done = run_script("-m", "tools.check_data", "--data-path", folder, "--plot", page)
+    assert done.stdout.rstrip().endswith("findings: none")
+    assert "it/s" not in done.stderr and "images:" not in done.stderr  # no bar: no terminal
+    if name == "bccd":
+        assert re.search(r"^images +292 +72$", done.stdout, re.MULTILINE)
+        assert re.search(r"^boxes +3,980 +906$", done.stdout, re.MULTILINE)
+        assert re.search(r"^  RBC +3,392 \(85.2%\) +761 \(84.0%\)$", done.stdout, re.MULTILINE)
+    with Image.open(page) as image:
+        assert image.size == (1600, 1200)
+        assert np.asarray(image.convert("L")).std() > 20  # something is drawn
+
+
+def test_json_is_for_machines_and_errors_exit_1(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"a.jpg": JPEG[:-9], "b.jpg": JPEG})
+    done = run_script("-m", "tools.check_data", "--data-path", root, "--json", check=False)
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert report["errors"] == 2  # one kind in each split
+    train = report["splits"]["train"]
+    assert train["findings"][0] | {"cases": []} == {
+        **{"severity": "error", "what": DAMAGED, "count": 1, "fix": "copy them again"},
+        "cases": [],
+    }
+    assert train["findings"][0]["cases"][0].startswith("100 'a.jpg' is damaged")
+    assert train["data"]["boxes_per_class"] == {"cat": 1, "dog": 1}
+    assert (train["data"]["images"], train["data"]["images_without_boxes"]) == (2, 1)
+    assert train["data"]["small_boxes"] == 2
+
+
+def test_table_lists_findings_with_count_and_fix(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {f"{i}.jpg": b"" for i in range(12)})
+    done = run_script("-m", "tools.check_data", "--data-path", root, check=False)
+    assert done.returncode == 1
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    start = lines.index(f"ERROR{12:>11}  train: image files that are empty")
+    assert lines[start + 1] == "100 '0.jpg' is empty"
+    assert lines[start + 11 : start + 13] == ["and 2 more", "→ copy them again"]
+
+
+def test_splits_with_different_classes_are_an_error(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    path = root / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace('"dog"', '"cow"'))
+    done = run_script("-m", "tools.check_data", "--data-path", root, check=False)
+    assert done.returncode == 1
+    assert "splits that name different classes" in done.stdout and "'cow'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "error: --data-path is missing"),
+        (("--data-path", "/nowhere"), "error: the image folder /nowhere/train2017 does not exist"),
+        (
+            ("--dataset", "voc", "--data-path", "/nowhere"),
+            "error: --data-path /nowhere is no folder",
+        ),
+    ],
+)
+def test_wrong_flags_are_said_without_a_trace(flags: tuple[str, ...], message: str) -> None:
+    done = run_script("-m", "tools.check_data", *flags, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message) and "Traceback" not in done.stderr
+
+
+def test_file_without_coco_shape_is_reported_alone(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    for split in ("train", "val"):
+        (root / "annotations" / f"instances_{split}2017.json").write_text("[]")
+    done = run_script("-m", "tools.check_data", "--data-path", root, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout.count("annotation file that is not COCO's") == 2
+
+
+def test_best_overlap_is_that_of_concentric_boxes() -> None:
+    sides = np.array([[32.0, 32.0], [32.0, 64.0], [16.0, 16.0], [10.0, 1000.0]])
+    found = data_plots.best_overlap(sides)
+    assert found[0] == pytest.approx(1)
+    assert found[1] == pytest.approx(2048 / 2500)  # two anchors high as wide, of side 50
+    assert found[2] == pytest.approx(16**2 / 32**2)  # no anchor is smaller
+    assert found[3] < 0.2
+
+
+def test_the_documentation_lists_every_rule_as_it_is() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    rules = {row[0]: (row[1], row[2]) for row in rows if row[1] in ("error", "warning")}
+    assert rules == coco_json.RULES

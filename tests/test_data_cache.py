@@ -1,0 +1,259 @@
+"""The annotation cache: equal to what it stands for, built once, rebuilt when anything is amiss.
+
+python -m pytest tests/test_data_cache.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_coco_json import changed, valid, write
+
+import coco_json
+import data_cache
+
+
+@pytest.fixture
+def json_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is worth caching, and a cache folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_cache, "CACHED_FROM", 0)
+    return write(tmp_path, changed("annotations", 1, "iscrowd", to=...)())
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file that is read as JSON, in order."""
+    paths: list[Path] = []
+    read = coco_json.examine
+
+    def record(path: Path) -> Any:
+        paths.append(path)
+        return read(path)
+
+    monkeypatch.setattr(coco_json, "examine", record)
+    return paths
+
+
+def assert_right(path: Path) -> None:
+    expected, warnings = coco_json.read_annotations(path)
+    cached, found = data_cache.examine(path)
+    assert cached is not None
+    assert found == warnings and len(found) == 1  # the missing iscrowd is told every time
+    for field in dataclasses.fields(expected):
+        value, other = getattr(expected, field.name), getattr(cached, field.name)
+        if isinstance(value, np.ndarray):
+            assert value.dtype == other.dtype and np.array_equal(value, other), field.name
+        else:
+            assert value == other, field.name
+    assert cached.fingerprint() == expected.fingerprint()
+
+
+def place(tmp_path: Path) -> Path:
+    (folder,) = (tmp_path / "cache" / "retinanet-reference" / "annotations").glob("coco-*")
+    return folder
+
+
+def test_second_start_maps_what_the_first_built(
+    json_file: Path, reads: list[Path], tmp_path: Path
+) -> None:
+    data_cache.examine(json_file)
+    assert reads == [json_file]
+    cached, _ = data_cache.examine(json_file)
+    assert reads == [json_file]
+    assert cached is not None and not cached.boxes_xywh.flags.writeable
+    assert type(cached.boxes_xywh) is np.ndarray  # slicing a memmap object is slow
+    assert isinstance(cached.boxes_xywh.base, np.memmap)  # shared between processes
+    assert not [p for p in place(tmp_path).parent.iterdir() if p.suffix == ".tmp"]
+    assert_right(json_file)
+
+
+def test_small_files_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data_cache.examine(write(tmp_path, json.dumps(valid()).encode()))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_changed_file_is_read_anew(json_file: Path) -> None:
+    before, _ = data_cache.examine(json_file)
+    about = json_file.stat()
+    content = json_file.read_bytes().replace(b"[10, 10, 20.25, 30]", b"[10, 10, 20.25, 31]")
+    json_file.write_bytes(content)
+    os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))  # same size, same time
+    after, _ = data_cache.examine(json_file)
+    assert before is not None and after is not None
+    assert before.fingerprint() != after.fingerprint()
+    assert_right(json_file)
+
+
+def test_touched_file_is_read_anew(json_file: Path, reads: list[Path]) -> None:
+    data_cache.examine(json_file)
+    os.utime(json_file, ns=(1, 1))
+    data_cache.examine(json_file)
+    assert len(reads) == 2
+
+
+def damage_none(folder: Path) -> None:
+    pass
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "boxes_xywh.npy"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def zero_a_block(folder: Path) -> None:
+    path = folder / "boxes_xywh.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-32] + bytes(32))
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "ids.npy"
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1
+    path.write_bytes(content)
+
+
+def remove_an_array(folder: Path) -> None:
+    (folder / "area.npy").unlink()
+
+
+def cut_the_description(folder: Path) -> None:
+    path = folder / "about.json"
+    path.write_text(path.read_text()[:50])
+
+
+def replace_the_description(folder: Path) -> None:
+    (folder / "about.json").write_text("[]")
+
+
+def leave_it_unfinished(folder: Path) -> None:
+    (folder / "about.json").unlink()
+    os.rename(folder, folder.with_name(f".{folder.name}.tmp"))
+
+
+DAMAGES = [
+    *(truncate, zero_a_block, flip_a_bit, remove_an_array),
+    *(cut_the_description, replace_the_description, leave_it_unfinished),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_built_anew(
+    damage: Any, json_file: Path, reads: list[Path], tmp_path: Path
+) -> None:
+    data_cache.examine(json_file)
+    damage(place(tmp_path))
+    data_cache.examine(json_file)
+    assert len(reads) == 2
+    assert_right(json_file)
+
+
+def test_nothing_is_unpickled(json_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    data_cache.examine(json_file)
+    canary = tmp_path / "canary"
+
+    class Attack:
+        def __reduce__(self) -> Any:
+            return Path.touch, (canary,)
+
+    path = place(tmp_path) / "ids.npy"
+    np.save(path, np.array([Attack()], dtype=object), allow_pickle=True)
+    monkeypatch.setattr(data_cache, "_sum", lambda path: 0)
+    about = json.loads((place(tmp_path) / "about.json").read_text())
+    about["sums"] = dict.fromkeys(about["sums"], 0)
+    (place(tmp_path) / "about.json").write_text(json.dumps(about))
+    assert_right(json_file)
+    assert not canary.exists()
+    assert pickle.dumps(Attack())  # it would have worked
+
+
+def test_files_with_errors_are_read_once_and_not_kept(
+    tmp_path: Path, json_file: Path, reads: list[Path]
+) -> None:
+    write(tmp_path, changed("annotations", 1, "image_id", to=11)())
+    annotations, findings = data_cache.examine(json_file)
+    assert annotations is not None and [f.severity for f in findings] == ["error"]
+    assert len(reads) == 1
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_unwritable_cache_is_said_and_does_without(
+    json_file: Path, tmp_path: Path, reads: list[Path]
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    annotations, findings = data_cache.examine(json_file)
+    assert annotations is not None and len(reads) == 1
+    (told,) = [f for f in findings if f.what == "annotations that cannot be cached"]
+    assert told.severity == "warning" and "cache" in told.cases[0]
+
+
+def _count_and_read(path: Path, log: Path, start: Any) -> None:
+    read = coco_json.examine
+
+    def record(path: Path) -> Any:
+        with log.open("a") as file:
+            file.write("read\n")
+        time.sleep(0.3)  # time for the others to come
+        return read(path)
+
+    coco_json.examine = record
+    start.wait()
+    annotations, findings = data_cache.examine(path)
+    assert annotations is not None and len(annotations.ids) == 4 and len(findings) == 1
+
+
+@pytest.mark.parametrize("before", [damage_none, zero_a_block, None])
+def test_one_of_six_processes_builds(before: Any, json_file: Path, tmp_path: Path) -> None:
+    if before is not None:
+        data_cache.examine(json_file)
+        before(place(tmp_path))
+    fork = multiprocessing.get_context("fork")
+    log, start = tmp_path / "log", fork.Event()
+    log.touch()
+    processes = [
+        fork.Process(target=_count_and_read, args=(json_file, log, start)) for _ in range(6)
+    ]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 6
+    assert log.read_text() == ("" if before is damage_none else "read\n")
+    assert_right(json_file)
+
+
+def test_killed_builder_leaves_nothing_in_the_way(json_file: Path, tmp_path: Path) -> None:
+    def build_and_die() -> None:
+        def save(*_: Any) -> None:
+            os.kill(os.getpid(), 9)
+
+        data_cache._save = save
+        data_cache.examine(json_file)
+
+    process = multiprocessing.get_context("fork").Process(target=build_and_die)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -9
+    assert list((tmp_path / "cache").rglob("*.tmp"))
+    assert_right(json_file)
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
+def test_folder_follows_the_xdg_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert data_cache.folder() == Path("/home/someone/.cache/retinanet-reference")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/fast/disk")
+    assert data_cache.folder() == Path("/fast/disk/retinanet-reference")
