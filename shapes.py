@@ -17,20 +17,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-FORMAT = 2  # part of the folder's name: raise it with any change to what is drawn
+FORMAT = 3  # part of the folder's name: raise it with any change to what is drawn
 CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}  # gaps, so that label mapping is exercised
 
 _CHECKSUMS = "SHA256SUMS"  # written last: its presence says that everything else was
 _SCALE = 4  # sub-pixels per pixel side: edges blend in 17 levels, boxes are exact to 0.25 px
 _ASPECTS = ((1, 1), (1, 0.75), (0.75, 1), (1, 0.5), (0.5, 1))  # width, height
-_SHARES = (0.3, 0.25, 0.25, 0.1, 0.1)  # few narrow images: their objects are small
+_SHARES = (0.3, 0.3, 0.3, 0.05, 0.05)  # few narrow images: their objects are small
 _CORNERS = {"circle": 64, "square": 4, "triangle": 3}  # 64 corners stay within 0.1 px of a circle
-_MIN_SIDE = 14  # px: smaller shapes are hard to tell apart once JPEG has blurred them
+_MIN_SIDE = 20  # px: RetinaNet's smallest anchors are 32 px wide, and training is to be short
 _MIN_VISIBLE = 0.6  # of an object's area: what hides more of one, or shows less, is not placed
 
 
 def make_shapes(
-    root: str | Path, num_train: int = 256, num_val: int = 64, size: int = 128, seed: int = 0
+    root: str | Path, num_train: int = 512, num_val: int = 64, size: int = 128, seed: int = 0
 ) -> Path:
     """Draw the data set below `root` unless a complete one is there; return its folder.
 
@@ -46,7 +46,7 @@ def make_shapes(
     for name, value, least in (
         ("num_train", num_train, 1),
         ("num_val", num_val, 1),
-        ("size", size, 64),  # px: below, 14 px shapes crowd the short side of a 2:1 image
+        ("size", size, 64),  # px: below, objects in a 2:1 image would be a few pixels wide
         ("seed", seed, 0),
     ):
         if value < least:
@@ -139,7 +139,7 @@ def _place_objects(
     names: list[str] = []
     areas: list[float] = []  # whole objects, also what is hidden or outside, in sub-pixels
     short = min(width, height)
-    smallest, largest = max(_MIN_SIDE, 0.12 * short), 0.6 * short
+    smallest, largest = max(min(_MIN_SIDE, 0.4 * short), 0.12 * short), 0.6 * short
 
     num_objects = 0 if empty else 1 + int(rng.binomial(4, 0.65))  # 1 ... 5
     for attempt in range(8 * num_objects):  # a full image refuses most; then fewer have to do

@@ -94,9 +94,9 @@ def _colourful_and_hue(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_layout_is_valid_coco(folder: Path) -> None:
-    assert folder.name == f"shapes-v{shapes.FORMAT}-256-64-128-0"
+    assert folder.name == f"shapes-v{shapes.FORMAT}-512-64-128-0"
     image_ids, annotation_ids = [], []
-    for split, num_images in zip(SPLITS, (256, 64), strict=True):
+    for split, num_images in zip(SPLITS, (512, 64), strict=True):
         data = _load(folder, split)
         assert [(c["id"], c["name"]) for c in data["categories"]] == [
             (1, "circle"),
@@ -172,10 +172,11 @@ def test_boxes_are_tight_on_what_the_jpeg_shows(folder: Path) -> None:
         for k, box in enumerate(boxes):
             mine = Image.fromarray(colourful & (nearest == k)).convert("L")
             mine = mine.filter(ImageFilter.MinFilter(3)).filter(ImageFilter.MaxFilter(3))
-            differences.append(np.abs(_extent(np.asarray(mine) > 0) - box).max())
-    assert len(differences) > 150
-    assert np.quantile(differences, 0.5) <= 1
-    assert np.quantile(differences, 0.9) <= 3
+            differences.extend(np.abs(_extent(np.asarray(mine) > 0) - box))
+    assert len(differences) > 600  # sides
+    assert np.quantile(differences, 0.5) <= 0.5
+    assert np.quantile(differences, 0.8) <= 1.5
+    assert np.quantile(differences, 0.9) <= 2.7  # opening takes 2.6 px off a triangle's corner
 
 
 @pytest.mark.parametrize("split", SPLITS)

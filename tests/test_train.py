@@ -193,11 +193,12 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
         state.epoch, state.position = epoch + 1, 0
     assert measured == pytest.approx(expected_losses, rel=1e-5)
     assert gradients[0].keys() == gradients[1].keys()
+    largest = max(float(expected.abs().max()) for expected in gradients[0].values())
     for name, expected in gradients[0].items():
-        scale = expected.abs().max()
-        assert torch.allclose(gradients[1][name], expected, rtol=1e-5, atol=1e-5 * float(scale)), (
-            name
-        )
+        # P6 and P7 have no positive anchor here; their gradients are sums of rounding errors, 1e-9
+        # of the others in size, and are held to an error of 1e-11 of the others.
+        scale = max(float(expected.abs().max()), 1e-6 * largest)
+        assert float((gradients[1][name] - expected).abs().max()) <= 1e-5 * scale, name
 
 
 def _gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -374,7 +375,8 @@ def test_a_wrong_input_gets_one_message_that_names_the_flag_and_the_fix(
     done = train(*flags, "--output-dir", tmp_path / "run", check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    (message,) = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    message = "\n".join(line for line in done.stderr.splitlines() if "Warning" not in line)
+    assert message.startswith("error: ") and message.count("error: ") == 1
     for part in expected:
         assert part in message, message
 
