@@ -7,6 +7,7 @@ overwrite the one file in place, and `torch.load` does not notice flipped bits.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -63,8 +64,8 @@ def prune(folder: Path, keep: int) -> None:
     """Delete the oldest `model_N.pth` in `folder`, all but `keep`; other names are left alone."""
     numbered = sorted(folder.glob("model_*.pth"), key=lambda path: int(path.stem[len("model_") :]))
     for path in numbered[: max(0, len(numbered) - keep)]:
+        _sidecar(path).unlink(missing_ok=True)  # first, as a lone sidecar would stay for ever
         path.unlink()
-        _sidecar(path).unlink(missing_ok=True)
 
 
 def is_verified(path: Path) -> bool:
@@ -172,6 +173,8 @@ def _write(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:  # a full disk does not say which one
+        with contextlib.suppress(OSError):
+            path.unlink()  # the half of it that fits
         raise OSError(error.errno, error.strerror, str(path).removesuffix(".tmp")) from None
 
 

@@ -1,9 +1,9 @@
-"""Detections to COCO metrics, across processes.
+"""Detections to COCO metrics, across processes, and what lies behind the numbers.
 
 Detections travel as arrays of seven columns. Rank 0 scores them with hotcoco, or with pycocotools,
 whose numbers these are to the last bit. Categories are scored by label and images by the rank of
 their id, so that ids up to 2**63 survive the float64 columns and the order in which equal scores
-are taken is that of the official evaluation.
+are taken is that of the official evaluation. All else is analysed with hotcoco.
 
 Source: https://cocodataset.org/#detection-eval; detections and ground truth as in pycocotools.
 """
@@ -36,6 +36,28 @@ class Scores(NamedTuple):
 
     metrics: dict[str, float]
     table: str
+
+
+class Analysis(NamedTuple):
+    """What lies behind the twelve numbers, at IoU 0.5 where nothing else is said.
+
+    Attributes:
+        per_class: of each class "id", "name", "label", "AP", "AP50", "AP75", "AR" (at most 100
+            detections), "boxes" without crowds, "detections", and the best "F1" with the
+            "confidence" that gives it; by AP, best first. -1 in a class without boxes.
+        errors: TIDE's "delta_ap", how much AP50 would gain without an error, and "counts".
+        confidence: where the mean F1 of all classes is best; "confusion", "missed" and "wrong"
+            count the detections from there on.
+        curves: arrays by name, of K classes by label and I images by id: "labels" [K]; "recall"
+            [101], "precision" [3, K, 101] at IoU 0.5, 0.75 and averaged over 0.5:0.95; "confidence"
+            [101], "f1" [K, 101]; "confusion" [K+1, K+1], a row per true class, last the background;
+            "image_ids" [I], "missed" [I] boxes and "wrong" [I] detections.
+    """
+
+    per_class: list[dict[str, Any]]
+    errors: dict[str, dict[str, float]]
+    confidence: float
+    curves: dict[str, np.ndarray]
 
 
 class CocoEvaluator:
@@ -76,16 +98,30 @@ class CocoEvaluator:
         Returns:
             `[D, 7]` float64: rank of the image's id, x, y, w, h, score, label; by image, and within
             an image in the order of the model.
+
+        Raises:
+            ValueError: on rank 0, if a number is not finite: NaN overlaps whatever it meets.
         """
-        rows = np.concatenate(self.rows) if self.rows else np.empty((0, 7))
-        if processes.world_size > 1:
-            rows = _gather_rows(rows, processes)
-        if not processes.is_main:
-            return None
-        return rows[np.argsort(rows[:, 0], kind="stable")]
+        rows = gather_rows(np.concatenate(self.rows or [np.empty((0, 7))]), processes)
+        if rows is not None:
+            self.require_finite(rows, "boxes or scores found")
+        return rows
+
+    def require_finite(self, rows: np.ndarray, what: str) -> None:
+        """Raise ValueError for `rows` that hold more than finite numbers; images come first."""
+        broken = self.sorted_ids[np.unique(rows[~np.isfinite(rows).all(axis=1), 0]).astype(int)]
+        if len(broken):
+            raise ValueError(
+                f"{what} on {len(broken)} images are not finite (image ids {broken[:10].tolist()}),"
+                " so there is nothing to compare; the weights are broken, use earlier ones"
+            )
 
     def score(self, detections: np.ndarray, backend: str = "hotcoco") -> Scores:
         """Score gathered detections by the COCO protocol for boxes."""
+        return scores_of(self.evaluation(detections, backend))
+
+    def evaluation(self, detections: np.ndarray, backend: str = "hotcoco") -> Any:
+        """Return a `COCOeval` of either library that has matched and accumulated."""
         truth = self.ground_truth
         images = [
             {"id": int(rank), "height": int(height), "width": int(width)}
@@ -103,8 +139,87 @@ class CocoEvaluator:
             "iscrowd": truth.iscrowd.astype(np.int64),
         }
         arrays["ids"] = np.arange(1, len(arrays["area"]) + 1)  # pycocotools loses the id 0
-        score = _score_hotcoco if backend == "hotcoco" else _score_pycocotools
-        return score(images, categories, arrays, detections)
+        build = _with_hotcoco if backend == "hotcoco" else _with_pycocotools
+        evaluation = build(images, categories, arrays, detections)
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation.evaluate()
+            evaluation.accumulate()
+        return evaluation
+
+    def analyze(self, evaluation: Any, detections: np.ndarray) -> Analysis:
+        """Find out what lies behind hotcoco's `evaluation` of gathered `detections`."""
+        truth, labels = self.ground_truth, np.sort(self.labels)  # hotcoco's order of the classes
+        num_classes, num_images = len(labels), len(self.sorted_ids)
+        crowd, of_class = truth.iscrowd, np.searchsorted(labels, self.labels[truth.category_index])
+        boxes = np.bincount(of_class[~crowd], minlength=num_classes)  # [K]
+
+        # Which detections are right and which are wrong; those of crowds are neither.
+        status = evaluation.image_diagnostics(iou_thr=0.5)["dt_status"]
+        counted = np.fromiter(status, np.int64, len(status)) - 1  # hotcoco counts from 1
+        is_right = np.fromiter((s == "tp" for s in status.values()), bool, len(status))
+        place = np.searchsorted(labels, detections[counted, 6].astype(int))
+        grid = np.arange(101) / 100
+        level = np.searchsorted(grid, detections[counted, 5], side="right").clip(1, 101) - 1
+
+        def at_least(chosen: np.ndarray) -> np.ndarray:  # [K, 101]: how many from a confidence on
+            cells = place[chosen] * 101 + level[chosen]
+            counts = np.bincount(cells, minlength=num_classes * 101).reshape(num_classes, 101)
+            return counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+
+        right, wrong = at_least(is_right), at_least(~is_right)
+        f1 = 2 * right / (right + wrong + boxes[:, None]).clip(1)
+        best = int(f1[boxes > 0].mean(axis=0).argmax()) if boxes.any() else 0
+
+        def per_image(chosen: np.ndarray) -> np.ndarray:  # [I]: how many from the best one on
+            images = detections[counted[chosen & (level >= best)], 0].astype(int)
+            return np.bincount(images, minlength=num_images)
+
+        in_image = self.image_rank[truth.image_of_annotation()[~crowd]]
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, K]
+        confusion = evaluation.confusion_matrix(iou_thr=0.5, min_score=float(grid[best]))
+        curves = {
+            "labels": labels,
+            "recall": grid,
+            "precision": np.stack([precision[0], precision[5], precision.mean(axis=0)]).swapaxes(
+                1, 2
+            ),
+            "confidence": grid,
+            "f1": f1,
+            "confusion": confusion["matrix"].astype(np.int64),
+            "image_ids": self.sorted_ids,
+            "missed": np.bincount(in_image, minlength=num_images) - per_image(is_right),
+            "wrong": per_image(~is_right),
+        }
+        errors = evaluation.tide_errors()
+        return Analysis(
+            self._per_class(boxes, detections, evaluation.eval["recall"], curves),
+            {"delta_ap": errors["delta_ap"], "counts": errors["counts"]},
+            float(grid[best]),
+            curves,
+        )
+
+    def _per_class(
+        self,
+        boxes: np.ndarray,
+        detections: np.ndarray,
+        recall: np.ndarray,
+        curves: dict[str, np.ndarray],
+    ) -> list[dict[str, Any]]:
+        ids = dict(zip(self.labels.tolist(), self.ground_truth.categories, strict=True))
+        found = np.bincount(detections[:, 6].astype(int), minlength=max(ids) + 1)
+        ap50, ap75, ap = curves["precision"].mean(axis=2).tolist()  # [K] each
+        recalls, f1 = recall[:, :, 0, -1].mean(axis=0).tolist(), curves["f1"]
+        rows = []
+        for place, label in enumerate(curves["labels"].tolist()):
+            row = {"id": ids[label][0], "name": ids[label][1], "label": label}
+            row |= {"AP": ap[place], "AP50": ap50[place], "AP75": ap75[place], "AR": recalls[place]}
+            row |= {"boxes": int(boxes[place]), "detections": int(found[label])}
+            best = f1[place].argmax()
+            has_boxes = boxes[place] > 0
+            row["F1"] = float(f1[place, best]) if has_boxes else -1.0
+            row["confidence"] = float(curves["confidence"][best]) if has_boxes else -1.0
+            rows.append(row)
+        return sorted(rows, key=lambda row: -row["AP"])
 
     def write_results(self, detections: np.ndarray, path: Path) -> None:
         """Write gathered detections as COCO results JSON, with the data set's own ids."""
@@ -123,22 +238,60 @@ class CocoEvaluator:
         path.write_text(json.dumps(results))
 
 
-def _score_hotcoco(
+def class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
+    """Lay out what `Analysis.per_class` says; of more than `limit` classes the best and the worst.
+
+    A class without boxes has no numbers: "-".
+    """
+    with_boxes = [row for row in per_class if row["boxes"]]
+    shown = [*with_boxes, *(row for row in per_class if not row["boxes"])]
+    middle = f"… {len(shown) - limit + 1} more classes …"
+    if len(shown) > limit:
+        shown = [
+            *with_boxes[: limit // 2],
+            {},
+            *with_boxes[limit // 2 :][-(limit - limit // 2 - 1) :],
+        ]
+    width = max(len(str(row.get("name", ""))[:24]) for row in shown)
+    numbers = ("AP", "AP50", "AP75", "AR")
+    lines = [f"{'class':{width}}" + "".join(f"{name:>7}" for name in numbers)]
+    lines[0] += f"{'boxes':>9}{'detections':>12}"
+    for row in shown:
+        if not row:
+            lines.append(middle)
+            continue
+        values = (f"{row[n]:7.3f}" if row["boxes"] else f"{'-':>7}" for n in numbers)
+        lines.append(f"{row['name'][:24]:{width}}" + "".join(values))
+        lines[-1] += f"{row['boxes']:9}{row['detections']:12}"
+    return "\n".join(lines)
+
+
+def error_line(analysis: Analysis) -> str:
+    """Say what AP50 would gain without each of TIDE's errors, the largest first."""
+    gains = sorted(analysis.errors["delta_ap"].items(), key=lambda item: -item[1])
+    parts = [f"{name} {gain:.3f}" for name, gain in gains if name not in ("FP", "FN")]
+    return "AP50 lost to errors (TIDE): " + "  ".join(parts)
+
+
+def write_analysis(analysis: Analysis, folder: Path, extra: Mapping[str, Any]) -> None:
+    """Write `analysis.json`, with `extra` in it, and the arrays as `curves.npz`."""
+    content = {**analysis._asdict(), **extra}
+    np.savez_compressed(folder / "curves.npz", allow_pickle=False, **content.pop("curves"))
+    (folder / "analysis.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _with_hotcoco(
     images: list[dict[str, Any]],
     categories: list[dict[str, Any]],
     truth: dict[str, Any],
     detections: np.ndarray,
-) -> Scores:
+) -> Any:
     ground_truth = hotcoco.COCO.from_arrays(images, categories, **truth)
-    evaluation = hotcoco.COCOeval(ground_truth, ground_truth.load_res(detections), "bbox")
-    return _summarize(evaluation)
+    return hotcoco.COCOeval(ground_truth, ground_truth.load_res(detections), "bbox")
 
 
-def _summarize(evaluation: Any) -> Scores:
-    """Run an evaluation of either library; what they print becomes the table."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
+def scores_of(evaluation: Any) -> Scores:
+    """Summarize an evaluation of either library; what it prints becomes the table."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         evaluation.summarize()
@@ -146,12 +299,12 @@ def _summarize(evaluation: Any) -> Scores:
     return Scores(metrics, printed.getvalue().rstrip("\n"))
 
 
-def _score_pycocotools(
+def _with_pycocotools(
     images: list[dict[str, Any]],
     categories: list[dict[str, Any]],
     truth: dict[str, Any],
     detections: np.ndarray,
-) -> Scores:
+) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -180,10 +333,20 @@ def _score_pycocotools(
         else:  # loadRes fails on an empty list
             found.dataset = {**ground_truth.dataset, "annotations": []}
             found.createIndex()
-    return _summarize(COCOeval(ground_truth, found, "bbox"))
+    return COCOeval(ground_truth, found, "bbox")
 
 
-def _gather_rows(rows: np.ndarray, processes: Processes) -> np.ndarray:
+def gather_rows(rows: np.ndarray, processes: Processes) -> np.ndarray | None:
+    """Return every process's rows, `[n, C]` float64, on rank 0, None elsewhere.
+
+    They are sorted by their first column, and where that is equal stay as they were.
+    """
+    if processes.world_size > 1:
+        rows = _receive_rows(rows, processes)
+    return rows[np.argsort(rows[:, 0], kind="stable")] if processes.is_main else None
+
+
+def _receive_rows(rows: np.ndarray, processes: Processes) -> np.ndarray:
     """Concatenate every process's rows on rank 0; the others keep theirs."""
     group, is_main = processes.host_group, processes.is_main
     counts = torch.zeros(processes.world_size, dtype=torch.int64)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import utils
-from coco_eval import CocoEvaluator
+from coco_eval import Analysis, CocoEvaluator, gather_rows, scores_of
 from utils import Processes, logger
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -293,9 +293,11 @@ class Evaluation:
     """What an evaluation gives on rank 0.
 
     Attributes:
-        metrics: COCO's twelve numbers by name.
-        table: the same as COCO prints them.
+        metrics: COCO's twelve numbers by name, and the losses where asked for: "val_loss", and
+            "val_" with the name of each part.
+        table: the twelve as COCO prints them.
         detections: `[D, 7]`, as `CocoEvaluator.gather` returns them.
+        analysis: what lies behind the numbers.
         speed: images per second of the whole evaluation and of the model alone, of all processes,
             and the share of the time that scoring took.
     """
@@ -303,6 +305,7 @@ class Evaluation:
     metrics: dict[str, float]
     table: str
     detections: np.ndarray
+    analysis: Analysis
     speed: dict[str, float]
 
 
@@ -314,35 +317,105 @@ def evaluate(
     processes: Processes,
     *,
     backend: str = "hotcoco",
+    with_losses: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[bool, Evaluation | None]:
     """Run the model over this process's share of the images, and score all shares on rank 0.
 
     Returns:
         Whether it was finished (not, if any process was asked to stop); the result on rank 0.
+
+    Raises:
+        ValueError: if the processes did not see each image of the ground truth once, or on rank 0
+            if what was found is not finite: such numbers could not be compared with any other.
     """
     model.eval()
     start, model_seconds, images_done = time.perf_counter(), 0.0, 0
+    losses = _ImageLosses(model, evaluator)
     for images, targets in batches:
         if should_stop():
             break
         begin = time.perf_counter()
-        detections = model(to_device(images, targets, processes.device)[0])
-        evaluator.update([int(t["image_id"]) for t in targets], detections)
+        moved, moved_targets = to_device(images, targets, processes.device)
+        detections = model(moved)
+        image_ids = [int(t["image_id"]) for t in targets]
+        evaluator.update(image_ids, detections)
         model_seconds += time.perf_counter() - begin  # `update` has waited for the device
         images_done += len(images)
+        if with_losses:
+            losses.update(image_ids, moved, moved_targets)
     totals = processes.sum([float(should_stop()), images_done, model_seconds])
     if totals[0] > 0:
         return False, None
+    if totals[1] != len(evaluator.sorted_ids):
+        raise ValueError(
+            f"{totals[1]:.0f} images were evaluated and {len(evaluator.sorted_ids)} are annotated; "
+            "each must be seen once"
+        )
     detected = time.perf_counter()
     rows = evaluator.gather(processes)
+    mean_losses = losses.gather(processes) if with_losses else {}
     if rows is None:
         return True, None
-    metrics, table = evaluator.score(rows, backend)
+    evaluation = evaluator.evaluation(rows)
+    analysis = evaluator.analyze(evaluation, rows)
+    if backend != "hotcoco":
+        evaluation = evaluator.evaluation(rows, backend)
+    metrics, table = scores_of(evaluation)
     seconds = time.perf_counter() - start
     speed = {
         "images_per_second": totals[1] / seconds,
         "model_images_per_second": totals[1] * processes.world_size / totals[2],
         "scoring_share": (time.perf_counter() - detected) / seconds,
     }
-    return True, Evaluation(metrics, table, rows, speed)
+    return True, Evaluation(metrics | mean_losses, table, rows, analysis, speed)
+
+
+class _ImageLosses:
+    """The losses of each image by itself, as some detectors divide by the boxes of a whole batch.
+
+    Layers stay in evaluation mode, so that neither weights nor batch statistics change. Faster
+    R-CNN, which samples boxes, samples from the same random numbers for each image.
+    """
+
+    def __init__(self, model: nn.Module, evaluator: CocoEvaluator) -> None:
+        self.model, self.evaluator = model, evaluator
+        self.names: list[str] = []
+        self.rows: list[np.ndarray] = []  # [n, 1 + L]: rank of the image's id, losses
+        # Only these ask `training` what to return; what lies below them does not see it.
+        stages = [part for name, part in model.named_children() if name in ("rpn", "roi_heads")]
+        self.stages = [model, *stages]
+
+    # Out of inference mode: what the model keeps from here, as anchors, must be fit to train with.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(
+        self, image_ids: list[int], images: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> None:
+        """Take the losses of images on the device, with one copy to the host."""
+        device = images[0].device
+        values = []
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for stage in self.stages:
+                stage.training = True
+            for image, target in zip(images, targets, strict=True):
+                torch.manual_seed(0)
+                losses = self.model([image], [target])
+                self.names = list(losses)
+                values.append(torch.stack([loss.float() for loss in losses.values()]))
+            for stage in self.stages:
+                stage.training = False
+        ranks = np.searchsorted(self.evaluator.sorted_ids, image_ids)
+        self.rows.append(np.column_stack([ranks, torch.stack(values).cpu().numpy()]))
+
+    def gather(self, processes: Processes) -> dict[str, float]:
+        """Return the means over the images of all processes on rank 0, by name."""
+        own = np.concatenate(self.rows or [np.empty((0, 1))])
+        rows = gather_rows(own, processes)
+        if rows is None:
+            return {}
+        self.evaluator.require_finite(rows, "losses")
+        # fsum rounds once, so that the order of the images cannot matter.
+        means = [math.fsum(column) / len(rows) for column in rows[:, 1:].T.tolist()]
+        parts = {f"val_{name}": mean for name, mean in zip(self.names, means, strict=True)}
+        return {"val_loss": math.fsum(means), **parts}

@@ -33,6 +33,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+import checkpoint
 import retinanet
 
 logger = logging.getLogger("retinanet")
@@ -46,6 +47,11 @@ ZERO_EPS = (
 CLASS_ROWS = re.compile(
     r"^head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?)\.(weight|bias)$"
     r"|^roi_heads\.box_predictor\.(cls_score|bbox_pred)\.(weight|bias)$"
+)
+# What a checkpoint says of a run that its model needs for inference: arguments of `build_model`.
+INFERENCE = (
+    *("weights", "weights_backbone", "min_size", "max_size"),
+    *("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates"),
 )
 
 
@@ -207,6 +213,10 @@ def build_model(
     min_size: int | None = None,
     max_size: int | None = None,
     assigner: str = "torchvision",
+    score_thresh: float | None = None,
+    nms_thresh: float | None = None,
+    detections_per_image: int | None = None,
+    topk_candidates: int | None = None,
     sync_bn: bool = False,
 ) -> nn.Module:
     """Build a detector as torchvision builds it, with weights if asked for.
@@ -223,6 +233,9 @@ def build_model(
         trainable_backbone_layers: counted from the last; None is torchvision's choice.
         min_size, max_size: of the resized image, pixels; None is torchvision's choice.
         assigner: of `retinanet.ASSIGNERS`, for RetinaNet alone.
+        score_thresh, nms_thresh, detections_per_image, topk_candidates: what is detected: above
+            which score, up to which IoU, how many in all, and from how many per level (SSD: per
+            class) before NMS; None is torchvision's choice.
         sync_bn: batch statistics over all processes.
 
     Raises:
@@ -258,6 +271,14 @@ def build_model(
     if isinstance(model, detection.RetinaNet):
         model = _with_own_training_path(model, num_classes, assigner)
     model.transform = BatchTransform(model.transform, resize_in_training)
+    _set_post_processing(
+        getattr(model, "roi_heads", model),
+        name,
+        score_thresh=score_thresh,
+        nms_thresh=nms_thresh,
+        detections_per_img=detections_per_image,
+        topk_candidates=topk_candidates,
+    )
     for module in model.modules():
         if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
             module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
@@ -269,6 +290,17 @@ def build_model(
                 "nothing to test; train on them first, or give data with the weights' classes"
             )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
+
+
+def _set_post_processing(stage: nn.Module, name: str, **values: float | None) -> None:
+    for attribute, value in values.items():
+        if value is None:
+            continue
+        if not hasattr(stage, attribute):  # Faster R-CNN chooses its candidates in two stages
+            raise ValueError(
+                f"--{attribute.replace('_', '-')} {value}: {name} has none; leave it out"
+            )
+        setattr(stage, attribute, value)
 
 
 def padded_sizes(model: nn.Module, sizes: np.ndarray) -> np.ndarray:
@@ -324,6 +356,50 @@ def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> N
         raise ValueError(
             f"--resume {source} does not fit --model: {len(wrong)} tensors differ, as {wrong[0]}"
         )
+
+
+def load_detector(
+    source: str, device: torch.device | str = "cpu", **post_processing: Any
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Load a detector to predict with: a checkpoint of train.py, or torchvision's weights by name.
+
+        model, label_map = load_detector("runs/coco/best.pth")
+        (detections,) = model([decode_image("street.jpg", "RGB") / 255])
+
+    Args:
+        source: a checkpoint, of which averaged weights (EMA) are preferred, or a name such as
+            RetinaNet_ResNet50_FPN_Weights.COCO_V1.
+        post_processing: `score_thresh` and so on, as `build_model` takes them; else what the run
+            was evaluated with.
+
+    Returns:
+        The detector in evaluation mode, and its classes: `{"id", "name", "label"}` each.
+
+    Raises:
+        ValueError: says what is wrong with `source`.
+    """
+    if Path(source).is_file():
+        saved = checkpoint.load(Path(source))
+        if "args" not in saved or "categories" not in saved:
+            raise ValueError(f"{source} is no checkpoint of train.py: it does not name its classes")
+        label_map = [dict(category) for category in saved["categories"]]
+        settings = {name: saved["args"][name] for name in INFERENCE if name in saved["args"]}
+        model = build_model(
+            saved["args"]["model"], label_map, load=False, **settings | post_processing
+        )
+        load_trained(model, saved, source)
+    else:
+        weights = read_weights(source, "--weights")
+        names = set(model_names()) & set(models.list_models(module=detection))
+        name = next(
+            (n for n in names if weights.published in list(models.get_model_weights(n))), ""
+        )
+        if not name or weights.label_map is None:
+            raise ValueError(f"{source}: not weights of a box detector")
+        label_map = [{"id": c["label"], **c} for c in weights.label_map]
+        model = build_model(name, label_map, load=False, weights=source, **post_processing)
+        load_weights(model, weights, label_map)
+    return model.eval().to(device), label_map
 
 
 def _build(

@@ -39,6 +39,7 @@ import shapes
 import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
 from model import (
+    INFERENCE,
     build_model,
     check_model_name,
     load_trained,
@@ -53,8 +54,9 @@ PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotation
 MODEL_FLAGS = (
     *("weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
     *("assigner", "sync_bn"),
+    *("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates"),
 )
-EVALUATION_FLAGS = ("eval_batch_size", "workers", "coco_eval", "save_detections")
+EVALUATION_FLAGS = ("eval_batch_size", "workers", "coco_eval", "save_detections", "val_loss")
 ORDER_FLAGS = (
     *("aspect_ratio_group_factor", "batch_size", "data_augmentation", "seed", "workers"),
 )
@@ -65,10 +67,8 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 RECIPE_BATCH = 16  # the global batch that the recipe's learning rate is for: 8 GPUs, 2 images each
 # What `--test-only` takes from the checkpoint unless a flag says otherwise.
-REMEMBERED = (
-    *("dataset", "data_path", "val_images", "val_annotations"),
-    *("model", "weights", "weights_backbone", "min_size", "max_size"),
-)
+REMEMBERED_DATA = ("dataset", "data_path", "val_images", "val_annotations")
+REMEMBERED = (*REMEMBERED_DATA, "model", *INFERENCE)
 # What cannot change between the parts of one run, as `args.json` and checkpoints name it.
 FIXED = (
     *("seed", "batch_size", "data_augmentation", "aspect_ratio_group_factor", "keep_empty"),
@@ -143,6 +143,11 @@ def _add_evaluation_flags(add: Callable[..., Any]) -> None:
     add("--eval-batch-size", type=int, default=1, help="images of one padded size per process")
     add("--coco-eval", choices=coco_eval.BACKENDS, default="hotcoco", help="same numbers, faster")
     add("--save-detections", action="store_true", help="as a COCO results file")
+    add("--val-loss", action="store_true", help="losses on the validation images as well")
+    add("--score-thresh", type=float, help="detect above this score; the model's default")
+    add("--nms-thresh", type=float, help="suppress above this IoU with a better one; likewise")
+    add("--detections-per-image", type=int, help="at most, after NMS; likewise (COCO counts 100)")
+    add("--topk-candidates", type=int, help="before NMS, per level (SSD: per class); likewise")
 
 
 def _add_run_flags(add: Callable[..., Any]) -> None:
@@ -167,7 +172,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.test_only and args.resume and args.resume != "auto":
         remembered = checkpoint.load(Path(args.resume)).get("args", {})
-        parser.set_defaults(**{k: _typed(k, remembered[k]) for k in REMEMBERED if k in remembered})
+        given = build_parser()
+        given.set_defaults(dataset=..., data_path=...)
+        values = vars(given.parse_args(argv))
+        forgotten: Sequence[str] = ()
+        for place, name in enumerate(REMEMBERED_DATA[:2], start=1):
+            if values[name] not in (..., _typed(name, remembered.get(name))):
+                forgotten = REMEMBERED_DATA[place:]  # they belong to other data
+                break
+        known = [name for name in REMEMBERED if name in remembered and name not in forgotten]
+        parser.set_defaults(**{name: _typed(name, remembered[name]) for name in known})
         args = parser.parse_args(argv)
     return args
 
@@ -184,7 +198,10 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise ValueError for values that cannot work, before any data is read."""
     check_model_name(args.model)
     positive = ("batch_size", "epochs", "lr", "accumulate_steps", "eval_batch_size", "print_freq")
-    optional = ("min_size", "max_size", "clip_grad_norm", "max_steps", "ema_decay")
+    optional = (
+        *("min_size", "max_size", "clip_grad_norm", "max_steps", "ema_decay"),
+        *("detections_per_image", "topk_candidates"),
+    )
     for name in positive + optional:
         value = getattr(args, name)
         if value is not None and value <= 0 or value is None and name in positive:
@@ -209,6 +226,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--trainable-backbone-layers {args.trainable_backbone_layers}: use 0 to 5"
         )
+    for name in ("score_thresh", "nms_thresh"):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
+            raise ValueError(f"{_flag(name)} {getattr(args, name)}: must be between 0 and 1")
     if args.min_size and args.max_size and args.min_size > args.max_size:
         raise ValueError(f"--min-size {args.min_size} is larger than --max-size {args.max_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -353,25 +373,30 @@ def open_folder(
     """Start the log, claim a run's folder until `stack` closes; return the checkpoint to load.
 
     Raises:
-        ValueError: on rank 0, if the folder holds a run that `resume` does not continue.
+        ValueError: if the folder holds a run that `resume` does not continue, or is being written.
+        OSError: if it cannot be written.
     """
     path = Path(resume) if resume and resume != "auto" else None
     if test_only:
         utils.set_up_logging(processes.is_main)
         return path
-    if processes.is_main:
+
+    def claim() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(utils.lock_folder(folder))
+        utils.set_up_logging(True, folder / "log.txt")
         if resume == "auto":
             checkpoint.remove_leftovers(folder)
-            path = checkpoint.newest(folder)
-        elif (folder / "args.json").exists():
+            return checkpoint.newest(folder)
+        if (folder / "args.json").exists():
             raise ValueError(
                 f"--output-dir {folder} holds a run; continue it with --resume auto, or choose "
                 "another --output-dir"
             )
-    utils.set_up_logging(processes.is_main, folder / "log.txt")
-    return processes.broadcast(path)
+        return path
+
+    utils.set_up_logging(processes.is_main)
+    return processes.on_main(claim)
 
 
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
@@ -405,6 +430,7 @@ class Evaluation:
     processes: Processes
     coco_eval: str
     save_detections: bool
+    val_loss: bool
     amp_dtype: torch.dtype | None
     should_stop: utils.StopSignal
 
@@ -422,16 +448,28 @@ class Evaluation:
                 evaluator,
                 self.processes,
                 backend=self.coco_eval,
+                with_losses=self.val_loss,
                 should_stop=self.should_stop,
             )
         if result is None:
             return finished, {}
-        speed = "  ".join(f"{name} {value:.3g}" for name, value in result.speed.items())
-        logger.info("evaluated %d images: %s\n%s", len(self.data), speed, result.table)
+        analysis, others = result.analysis, dict(list(result.metrics.items())[12:])
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in (result.speed | others).items())
+        classes = coco_eval.class_table(analysis.per_class)
+        logger.info("evaluated %d images: %s\n%s", len(self.data), shown, result.table)
+        logger.info("by class, best first:\n%s\n%s", classes, coco_eval.error_line(analysis))
+        if result.metrics["AP"] < 0:
+            logger.warning("no box is annotated on the validation images, so AP is -1")
         if place is not None:
             place.mkdir(parents=True, exist_ok=True)
-            (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+            about = {
+                "images": str(self.data.root.resolve()),
+                "annotations": str(self.data.annotations.path.resolve()),
+                "categories": self.data.label_map,
+            }
+            coco_eval.write_analysis(analysis, place, {"speed": result.speed, "data": about})
             np.save(place / "detections.npy", result.detections)
+            (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
         if self.save_detections:
             path = (place or Path()) / "detections.json"
             evaluator.write_results(result.detections, path)
@@ -472,6 +510,8 @@ class Run:
         """Say what will run, in the log and in args.json; take the records back to this step."""
         kept = []
         if self.processes.is_main:
+            if self.state.epoch and not self.state.position:
+                self._keep(f"model_{self.state.epoch - 1}.pth", anew=False)
             (self.folder / "preempted").unlink(missing_ok=True)
             kept = utils.rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
             settings, device = self.settings, self.processes.device
@@ -501,6 +541,11 @@ class Run:
         aps = self.processes.broadcast({r["epoch"]: r["AP"] for r in kept if "AP" in r})
         self.evaluated = set(aps)
         self.state.best = max(aps.values(), default=self.state.best)
+        # Continued from another folder's checkpoint: from here on there is one in this folder, too.
+        if self.processes.broadcast(
+            self.state.step > 0 and not (self.folder / checkpoint.NEWEST).exists()
+        ):
+            self.save()
 
     def after_step(self, line: dict[str, float] | None, stop: bool) -> bool:
         """Record a line, save if it is time to; return whether the run stops here."""
@@ -523,7 +568,13 @@ class Run:
         """Evaluate the epoch that was just saved, keep the best; return whether it was finished."""
         epoch = self.state.epoch - 1
         place = self.folder / "eval" / f"epoch_{epoch}"
-        finished, metrics = self.evaluation.run(self.state.model_to_evaluate, place)
+        model = self.state.model_to_evaluate
+        # Batch statistics are each process's own; a checkpoint has those of rank 0.
+        self.processes.equalize(model.buffers())
+        try:
+            finished, metrics = self.evaluation.run(model, place)
+        except OSError as error:
+            raise OSError(f"cannot write {place}: {error}") from None
         if not finished:
             return False
         ap = self.processes.broadcast(metrics.get("AP"))
@@ -541,27 +592,40 @@ class Run:
         Raises:
             OSError: on every process, with the path.
         """
-        problem = None
-        if self.processes.is_main:
-            path = self.folder / checkpoint.NEWEST
+        path = self.folder / checkpoint.NEWEST
+
+        def write() -> None:
             try:
                 checkpoint.save(self.state.state_dict() | self.extra, path)
                 if name is not None:
-                    checkpoint.copy(path, self.folder / name)
-                if self.settings["keep_checkpoints"] is not None:
-                    checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
+                    self._keep(name)
             except OSError as error:
-                problem = f"cannot write {path}: {error}"
-        problem = self.processes.broadcast(problem)
-        if problem is not None:
-            raise OSError(problem)
+                raise OSError(f"cannot write {path}: {error}") from None
+
+        self.processes.barrier()
+        self.processes.on_main(write)
+
+    def _keep(self, name: str, anew: bool = True) -> None:
+        """Copy the newest checkpoint to `name`, or see that a killed process did; prune others."""
+        newest, copy = self.folder / checkpoint.NEWEST, self.folder / name
+        if anew or (checkpoint.is_verified(newest) and not checkpoint.is_verified(copy)):
+            checkpoint.copy(newest, copy)
+        if self.settings["keep_checkpoints"] is not None:
+            checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
+
+    def is_stopped(self) -> bool:
+        """Return, the same on every process, whether any of them was asked to stop."""
+        received = self.evaluation.should_stop.received
+        return self.processes.sum([float(received is not None)])[0] > 0
 
     def finish(self) -> None:
         """Say where the run ended, and leave a marker if a signal ended it."""
-        received = self.evaluation.should_stop.received
-        if self.processes.is_main and received:
-            (self.folder / "preempted").write_text(f"{received} at step {self.state.step}\n")
-        how = f"stopped by {received}" if received else "ended"
+        how = "ended"
+        if self.is_stopped():
+            received = self.evaluation.should_stop.received or "a signal to another process"
+            how = f"stopped by {received}"
+            if self.processes.is_main:
+                (self.folder / "preempted").write_text(f"{received} at step {self.state.step}\n")
         logger.info("%s after step %d", how, self.state.step)
 
     def _record(self, values: dict[str, Any]) -> None:
@@ -625,7 +689,7 @@ def main(args: argparse.Namespace) -> None:
     pick = functools.partial(_pick, vars(args))
     with contextlib.ExitStack() as stack:
         # Processes, output folder, log
-        utils.die_with_parent()
+        utils.follow_launcher()
         utils.set_determinism(args.use_deterministic_algorithms)
         processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
         should_stop = utils.StopSignal()
@@ -689,7 +753,7 @@ def main(args: argparse.Namespace) -> None:
 
         # Epochs: train, save, then evaluate
         loop = {"batches_per_step": per_step, "weight": sampler.weight, **amp, **pick(LOOP_FLAGS)}
-        while not should_stop():
+        while not run.is_stopped():
             if run.evaluation_is_due() and not run.evaluate():
                 break
             if state.epoch >= args.epochs:
@@ -713,6 +777,9 @@ def run_from_command_line() -> None:
     """Call `main`; what a user can mend ends in one message, not in a stack trace."""
     try:
         main(parse_args())
+    except utils.PeerError as error:
+        print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         is_image = isinstance(error, coco_utils.ImageError)
         origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)

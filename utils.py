@@ -13,12 +13,14 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +29,17 @@ import torch.distributed as dist
 logger = logging.getLogger("retinanet")
 
 # Rank 0 scores and writes while the others wait, so the host group waits long. A peer that hangs
-# in the training step itself must be noticed far sooner.
+# where all come at about the same time, as in the training step, must be noticed far sooner.
 HOST_TIMEOUT = datetime.timedelta(hours=2)
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
+NAMING_TIMEOUT = datetime.timedelta(seconds=10)  # torchrun kills survivors of a failure after 30
+LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is gone
+
+T = TypeVar("T")
+
+
+class PeerError(Exception):
+    """Another process of the run died, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +68,57 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Return on every process what `action` returns on rank 0.
+
+        Raises:
+            ValueError, OSError: on every process, with its text, if `action` raises one.
+        """
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except (ValueError, OSError) as error:
+                problem = (isinstance(error, OSError), str(error))
+        result, problem = self.broadcast((result, problem))
+        if problem is not None:
+            is_of_system, text = problem
+            raise (OSError if is_of_system else ValueError)(text)
+        return result
+
     def sum(self, values: list[float]) -> list[float]:
-        """Return the sums of `values` over all processes."""
+        """Return the sums of `values` over all processes, which come here at about the same time.
+
+        Raises:
+            PeerError: names those that did not.
+        """
         total = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
+            self.barrier()
             dist.all_reduce(total, group=self.host_group)
         return total.tolist()
 
-    def barrier(self) -> None:
-        """Wait for every process; gloo names the ranks that did not come."""
+    def equalize(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite `tensors`, on this process's device, with those of rank 0."""
         if self.world_size > 1:
-            dist.monitored_barrier(self.host_group, HOST_TIMEOUT, wait_all_ranks=True)
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def barrier(self, timeout: datetime.timedelta | None = None) -> None:
+        """Wait for every process, `STEP_TIMEOUT` at most unless told otherwise.
+
+        Raises:
+            PeerError: names those that did not come, as far as rank 0 came.
+        """
+        if self.world_size == 1:
+            return
+        try:
+            dist.monitored_barrier(self.host_group, timeout or STEP_TIMEOUT, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise PeerError(
+                "another process of the run died or hangs; look for its own message. "
+                + str(error).split("\n")[0]
+            ) from None
 
 
 @contextmanager
@@ -77,6 +127,10 @@ def processes(device: str) -> Iterator[Processes]:
 
     Args:
         device: "cuda" (this process takes GPU number LOCAL_RANK) or "cpu".
+
+    Raises:
+        PeerError: names the processes that did not come to a collective operation of gloo. NCCL
+            ends a process that waits in vain by itself.
     """
     rank, world_size = launch_rank(), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device(device)
@@ -89,9 +143,16 @@ def processes(device: str) -> Iterator[Processes]:
     backend = "nccl" if place.type == "cuda" else "gloo"
     device_id = place if place.type == "cuda" else None
     dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id)
+    group = None
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        yield Processes(place, rank, world_size, host_group)
+        group = Processes(place, rank, world_size, host_group)
+        group.barrier()
+        yield group
+    except RuntimeError as error:
+        if group is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            group.barrier(NAMING_TIMEOUT)  # gloo itself says a port at best
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -135,11 +196,18 @@ def derive_seed(*parts: int) -> int:
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append `record` as one line of JSON and see it to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append `record` as one line of JSON and see it to the disk.
+
+    Raises:
+        OSError: names the path.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not say which one
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -157,7 +225,10 @@ def rewind_json_lines(path: Path, step: int) -> list[dict[str, Any]]:
     """
     kept = [record for record in read_json_lines(path) if record["step"] <= step]
     rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    with rewritten.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(rewritten, path)
     return kept
 
@@ -197,8 +268,10 @@ class StopSignal:
 def ignore_stop_signals(worker: int) -> None:
     """Let a DataLoader worker outlive the signal that torchrun sends to the whole process group.
 
-    Otherwise the rank fails with "DataLoader worker killed" before it has saved its state.
+    Otherwise the rank fails with "DataLoader worker killed" before it has saved its state. It ends
+    with the rank, however that ends.
     """
+    die_with_parent()
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -212,10 +285,40 @@ def kill_workers() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its launcher dies, lest it trains on unseen."""
+    """Ask Linux to kill this process when its parent dies."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def follow_launcher() -> None:
+    """End this process when the torchrun that started it dies, lest it trains on unseen.
+
+    It gets SIGTERM, which lets it save, and `LAUNCHER_GRACE` later SIGKILL. A process without a
+    launcher is left alone: `nohup python train.py &` outlives its shell.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    if launcher == 1 and not _is_python(launcher):  # it died while this process was starting
+        sys.exit("the launcher died")
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(LAUNCHER_GRACE)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_python(process: int) -> bool:
+    """Return whether `process` runs this interpreter, as torchrun does, even as a container's 1."""
+    try:
+        return os.readlink(f"/proc/{process}/exe") == os.readlink("/proc/self/exe")
+    except OSError:  # another user's
+        return False
 
 
 def lock_folder(folder: Path) -> IO[str]:

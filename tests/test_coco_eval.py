@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores
+from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores, class_table
 from utils import Processes
 
 CPU = torch.device("cpu")
@@ -445,3 +446,125 @@ def test_rows_are_by_image_and_in_the_models_order_within() -> None:
     scores = list(itertools.chain(*(case.detections[i]["scores"].tolist() for i in ranked)))
     assert rows[:, 5].tolist() == scores
     assert not any(math.isnan(value) for value in rows.ravel())
+
+
+# --- what lies behind the numbers -----------------------------------------------------------------
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    low, high = np.maximum(a[:2], b[:2]), np.minimum(a[:2] + a[2:], b[:2] + b[2:])
+    overlap = float((high - low).clip(0).prod())
+    return overlap / (float(a[2:].prod() + b[2:].prod()) - overlap)
+
+
+def match_slowly(case: Case, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Match at IoU 0.5 class by class; right and wrong `[I, K]`, boxes `[I, K]`, by image id."""
+    truth, rows = case.truth, gathered(case)[1]
+    shape = (len(truth.image_ids), len(truth.categories))
+    right, wrong, boxes = (np.zeros(shape, dtype=int) for _ in range(3))
+    for rank, image in enumerate(np.argsort(truth.image_ids)):
+        for index in range(shape[1]):
+            mine = np.flatnonzero((truth.image == image) & (truth.category_index == index))
+            found = rows[(rows[:, 0] == rank) & (rows[:, 6] == index + 1)]
+            boxes[rank, index] = len(mine)
+            taken: set[int] = set()
+            for row in found[np.argsort(-found[:, 5], kind="stable")]:
+                overlaps = {
+                    i: iou(row[1:5], truth.boxes_xywh[i]) for i in mine.tolist() if i not in taken
+                }
+                best = max(
+                    reversed(overlaps), key=overlaps.__getitem__, default=-1
+                )  # of equal last
+                is_right = best >= 0 and overlaps[best] >= 0.5
+                taken |= {best} if is_right else set()
+                if row[5] >= confidence:
+                    (right if is_right else wrong)[rank, index] += 1
+    return right, wrong, boxes
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_analysis_counts_as_a_slow_matcher_does(seed: int) -> None:
+    case = make_case(seed, num_images=7, objects=6, found=15, crowds=0)
+    evaluator, rows = gathered(case)
+    analysis = evaluator.analyze(evaluator.evaluation(rows), rows)
+    curves, levels = analysis.curves, [0.0, 0.1, 0.12, 0.5, 0.51, 0.9, 1.0]
+    for level in levels:
+        right, wrong, boxes = (a.sum(axis=0) for a in match_slowly(case, level))
+        expected = 2 * right / np.maximum(right + wrong + boxes, 1)
+        assert curves["f1"][:, round(level * 100)] == pytest.approx(expected), level
+    means = curves["f1"][boxes > 0].mean(axis=0)
+    assert means[round(analysis.confidence * 100)] == means.max() > 0
+    right, wrong, boxes = match_slowly(case, analysis.confidence)
+    assert curves["wrong"].tolist() == wrong.sum(axis=1).tolist()
+    assert curves["missed"].tolist() == (boxes - right).sum(axis=1).tolist()
+    confusion = curves["confusion"]
+    assert confusion.shape == (len(case.label_map) + 1,) * 2
+    assert confusion[:-1].sum(axis=1).tolist() == boxes.sum(axis=0).tolist()
+    detections = rows[rows[:, 5] >= analysis.confidence, 6].astype(int)
+    expected_columns = np.bincount(detections, minlength=len(confusion))[1:]
+    assert confusion[:, :-1].sum(axis=0).tolist() == expected_columns.tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=CASES, shift=st.integers(0, 3))
+def test_the_classes_average_to_the_numbers(case: Case, shift: int) -> None:
+    count = len(case.label_map)
+    moved = [{**c, "label": (c["label"] + shift - 1) % count + 1} for c in case.label_map]
+    detections = [
+        {**found, "labels": (found["labels"] + shift - 1) % count + 1} for found in case.detections
+    ]
+    evaluator, rows = gathered(Case(case.truth, detections, moved))
+    evaluation = evaluator.evaluation(rows)
+    metrics, analysis = evaluator.score(rows).metrics, evaluator.analyze(evaluation, rows)
+    counted = [row for row in analysis.per_class if row["boxes"]]
+    for name, ours in (("AP", "AP"), ("AP50", "AP50"), ("AP75", "AP75"), ("AR100", "AR")):
+        mean = np.mean([row[ours] for row in counted]) if counted else -1
+        assert mean == pytest.approx(metrics[name], abs=1e-12), name
+    assert [row["AP"] for row in counted] == sorted((r["AP"] for r in counted), reverse=True)
+    assert sum(row["detections"] for row in analysis.per_class) == len(rows)
+    names = {row["name"]: row for row in analysis.per_class}
+    for place, (number, name) in enumerate(case.truth.categories):
+        of_class = case.truth.category_index == place
+        assert names[name]["id"] == number
+        assert names[name]["boxes"] == int((of_class & ~case.truth.iscrowd).sum())
+        own = np.flatnonzero(analysis.curves["labels"] == names[name]["label"])
+        curve = analysis.curves["precision"][:, int(own[0])]
+        expected = [names[name][key] for key in ("AP50", "AP75", "AP")]
+        assert curve.mean(axis=1) == pytest.approx(expected)
+    assert set(analysis.errors["delta_ap"]) == {*"Cls Loc Both Dupe Bkg Miss FP FN".split()}
+
+
+def test_what_lies_on_crowds_is_neither_right_nor_wrong() -> None:
+    case = make_case(3, objects=8, found=12, crowds=1.0)
+    assert case.truth.iscrowd.all() and len(gathered(case)[1])
+    evaluator, rows = gathered(case)
+    analysis = evaluator.analyze(evaluator.evaluation(rows), rows)
+    assert analysis.curves["missed"].sum() == 0
+    assert analysis.curves["wrong"].sum() < len(rows)
+    assert all(row["AP"] == row["F1"] == -1 for row in analysis.per_class)
+
+
+def test_the_class_table_has_twenty_rows_at_most() -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": f"class {i}", "boxes": 90 - i, "detections": i, "AP": 1 - i / 100}
+        | {"AP50": 0.5, "AP75": 0.25, "AR": 0.125}
+        for i in range(80)
+    ]
+    lines = class_table(rows).splitlines()
+    assert len(lines) == 1 + 20
+    assert lines[1].split()[:3] == ["class", "0", "1.000"]
+    assert lines[11] == "… 61 more classes …"
+    assert [line.split()[1] for line in lines[12:]] == [str(i) for i in range(71, 80)]
+    without = {**rows[0], "name": "unseen", "boxes": 0, "AP": -1.0}
+    lines = class_table([*rows[:3], without]).splitlines()
+    assert len(lines) == 5 and lines[4].split() == ["unseen", *"----", "0", "0"]
+    assert len({len(line) for line in lines}) == 1  # columns stand below each other
+
+
+def test_what_is_not_finite_is_refused_with_the_images() -> None:
+    case = make_case(4, found=10)
+    number = next(i for i, found in enumerate(case.detections) if len(found["scores"]))
+    case.detections[number]["boxes"][0, 2] = float("nan")
+    name = re.escape(f"image ids [{case.truth.image_ids[number]}]")
+    with pytest.raises(ValueError, match=f"found on 1 images are not finite .{name}"):
+        gathered(case)

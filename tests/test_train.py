@@ -334,6 +334,19 @@ def test_resuming_at_the_end_of_an_epoch_equals_a_run_without_a_break(
     assert records[0] == records[1]
 
 
+def test_another_folder_may_continue_from_a_checkpoint(train: Train, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train("--epochs", "1", "--eval-every", "0", "--output-dir", first)
+    flags = ("--epochs", "2", "--output-dir", second, "--resume", first / "model_0.pth")
+    train(*flags)  # evaluates epoch 0 first, as nobody has
+    assert [r["epoch"] for r in utils.read_json_lines(second / "metrics.jsonl") if "AP" in r] == [
+        0,
+        1,
+    ]
+    assert checkpoint.load(second / "checkpoint.pth")["epoch"] == 2
+    assert checkpoint.is_verified(second / "best.pth")
+
+
 def test_a_folder_that_holds_a_run_is_not_written_over(
     finished_run: tuple[Path, str], train: Train
 ) -> None:
@@ -404,6 +417,27 @@ def test_a_checkpoint_of_other_classes_is_refused(
     assert done.returncode == 1
     assert "ellipse" in done.stderr and "circle" in done.stderr and "other.json" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_remembered_data_is_forgotten_when_other_data_is_given(tmp_path: Path) -> None:
+    saved = {
+        **{"dataset": "voc", "data_path": "old", "val_images": "old/images"},
+        **{"val_annotations": None, "min_size": 64, "model": "fcos_resnet50_fpn"},
+    }
+    checkpoint.save({"args": saved}, tmp_path / "c.pth")
+
+    def remembered(*flags: str) -> tuple[str, str, str, str]:
+        argv = ["--test-only", "--resume", str(tmp_path / "c.pth"), *flags]
+        args = train_script.parse_args(argv)
+        assert (args.min_size, args.model) == (64, "fcos_resnet50_fpn")
+        names = ("dataset", "data_path", "val_images", "val_annotations")
+        return tuple(str(getattr(args, name)) for name in names)  # type: ignore[return-value]
+
+    assert remembered() == ("voc", "old", "old/images", "None")
+    assert remembered("--val-annotations", "x") == ("voc", "old", "old/images", "x")
+    assert remembered("--data-path", "new") == ("voc", "new", "None", "None")
+    assert remembered("--dataset", "voc") == ("voc", "old", "old/images", "None")
+    assert remembered("--dataset", "shapes") == ("shapes", "None", "None", "None")
 
 
 def test_readme_commands_parse() -> None:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "shapes": set(),
     "coco_eval": {"utils"},
     "retinanet": set(),
-    "model": {"retinanet"},
+    "model": {"checkpoint", "retinanet"},
     "engine": {"utils", "coco_eval"},
 }
 MAY_IMPORT["train"] = set(MAY_IMPORT)
@@ -304,25 +304,66 @@ def test_a_stop_signal_is_remembered_and_does_nothing_else(number: signal.Signal
             signal.signal(n, handler)
 
 
-def test_a_process_dies_with_its_launcher(tmp_path: Path) -> None:
+def _after_the_parent_died(trainer: Callable[[int], None]) -> str:
+    """Fork a launcher that forks `trainer`, kill it, and return all that the trainer wrote then."""
     reader, writer = os.pipe()
     launcher = os.fork()
     if launcher == 0:
-        trainer = os.fork()
-        if trainer == 0:
-            utils.die_with_parent()
-            os.write(writer, f"{os.getpid()}\n".encode())
-            time.sleep(60)
-            os.write(writer, b"survived")
-            os._exit(0)
-        os.waitpid(trainer, 0)
+        if os.fork() == 0:
+            try:
+                trainer(writer)
+            finally:
+                os._exit(0)
+        time.sleep(60)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as file:
-        assert file.readline().strip().isdigit()
+        assert file.readline() == "ready\n"
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
-        assert file.read() == ""  # the trainer's end of the pipe closed, without a word
+        return file.read()  # until the trainer's end of the pipe is closed
+
+
+def test_a_loader_worker_dies_with_its_process() -> None:
+    def worker(writer: int) -> None:
+        utils.die_with_parent()
+        os.write(writer, b"ready\n")
+        time.sleep(60)
+        os.write(writer, b"survived")
+
+    assert _after_the_parent_died(worker) == ""
+
+
+def test_a_process_without_torchrun_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after `nohup python train.py &` and a logout.
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+    def trainer(writer: int) -> None:
+        utils.follow_launcher()
+        os.write(writer, b"ready\n")
+        time.sleep(2)
+        os.write(writer, b"survived")
+
+    assert _after_the_parent_died(trainer) == "survived"
+
+
+def test_a_process_may_save_when_its_torchrun_dies_but_not_linger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(utils, "LAUNCHER_GRACE", 0.5)
+
+    def trainer(writer: int) -> None:
+        stop = utils.StopSignal()
+        utils.follow_launcher()
+        os.write(writer, b"ready\n")
+        while not stop():
+            time.sleep(0.02)
+        os.write(writer, f"saved at {stop.received}".encode())
+        time.sleep(60)
+        os.write(writer, b", lingered")
+
+    assert _after_the_parent_died(trainer) == "saved at SIGTERM"
 
 
 @pytest.mark.parametrize("is_main", [True, False])

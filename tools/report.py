@@ -1,7 +1,7 @@
 """Draw what a run left: `python -m tools.report runs/NAME`.
 
-Reads the run's folder and its validation images, writes pictures into the folder; the run may be
-over or still going on.
+Reads the newest evaluation of the run, or the folder of one evaluation, and the validation images;
+writes pictures into the folder that was named. The run may be over or still going on.
 """
 
 from __future__ import annotations
@@ -9,23 +9,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torchvision.io import write_jpeg
 
+import coco_json
 import coco_utils
-from tools import drawing
+from coco_eval import CocoEvaluator
+from tools import drawing, eval_plots
+
+MISSED = -1  # stands for the label of a box that was not found
 
 
 def newest_evaluation(run: Path) -> Path:
-    """Return the folder of the last finished evaluation of a run.
+    """Return the folder of the last finished evaluation of a run, or `run` if it is one itself.
 
     Raises:
         ValueError: if there is none yet.
     """
+    if (run / "analysis.json").is_file():
+        return run
     places = [path.parent for path in run.glob("eval/epoch_*/results.json")]
     if not places:
         raise ValueError(
@@ -34,66 +41,180 @@ def newest_evaluation(run: Path) -> Path:
     return max(places, key=lambda place: int(place.name.removeprefix("epoch_")))
 
 
-def draw_predictions(
-    annotations: coco_utils.Annotations,
-    images: Path,
-    label_map: Sequence[dict[str, Any]],
-    detections: np.ndarray,
-    count: int = 16,
-    score_thresh: float = 0.5,
-) -> Any:
-    """Draw images in pairs, ground truth on the left and what was found on the right.
+class Pictures:
+    """Draws images of a data set in pairs: what is annotated on the left, what was found right.
 
     Args:
+        images: folder.
         detections: `[D, 7]` as `CocoEvaluator.gather` returns them.
-        count: images, taken evenly over the data set.
         score_thresh: detections below are left out.
-
-    Returns:
-        uint8 `[3, H, W]`.
     """
-    data = coco_utils.CocoDetection(images, annotations, label_map)
-    colours = drawing.class_colours(label_map)
-    names = {category["label"]: category["name"] for category in label_map}
-    ranks = np.searchsorted(np.sort(annotations.image_ids), annotations.image_ids)
-    chosen = np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int)
-    tiles = []
-    for number in chosen.tolist():
-        image, target = data[0, number]
-        labels = target["labels"].tolist()
-        texts = [names[label] for label in labels]
-        tiles.append(drawing.draw_boxes(image, target["boxes"].numpy(), labels, texts, colours))
-        found = detections[(detections[:, 0] == ranks[number]) & (detections[:, 5] >= score_thresh)]
-        boxes = np.concatenate([found[:, 1:3], found[:, 1:3] + found[:, 3:5]], axis=1)
-        labels = found[:, 6].astype(int).tolist()
+
+    def __init__(
+        self,
+        annotations: coco_utils.Annotations,
+        images: Path,
+        label_map: Sequence[dict[str, Any]],
+        detections: np.ndarray,
+        score_thresh: float,
+    ) -> None:
+        self.data = coco_utils.CocoDetection(images, annotations, label_map)
+        self.evaluator = CocoEvaluator(annotations, label_map)
+        # A model of 91 labels may say some that have no class.
+        known = np.isin(detections[:, 6], self.evaluator.labels)
+        self.found = detections[known & (detections[:, 5] >= score_thresh)]
+        self.colours = {**drawing.class_colours(label_map), MISSED: drawing.MISSED}
+        self.names = {category["label"]: category["name"] for category in label_map}
+
+    def draw_some(self, count: int = 16) -> Tensor:
+        """Draw `count` images, taken evenly over the data set, each box with its class.
+
+        Returns:
+            uint8 `[3, H, W]`.
+        """
+        chosen = np.linspace(0, len(self.data) - 1, min(count, len(self.data))).round().astype(int)
+        tiles = []
+        for number in chosen.tolist():
+            image, target = self.data[0, number]
+            labels = target["labels"].tolist()
+            texts = [self.names[label] for label in labels]
+            tiles.append(
+                drawing.draw_boxes(image, target["boxes"].numpy(), labels, texts, self.colours)
+            )
+            rows = self._found_on(number)
+            boxes, labels, texts = self._boxes(rows), self._labels(rows), self._texts(rows)
+            tiles.append(drawing.draw_boxes(image, boxes, labels, texts, self.colours))
+        return drawing.mosaic(tiles, columns=4 if len(chosen) > 1 else 2)
+
+    def draw_worst(self, missed: np.ndarray, wrong: np.ndarray, count: int = 16) -> Tensor | None:
+        """Draw the `count` images with the most boxes missed and detections wrong; these have text.
+
+        Args:
+            missed, wrong: `[I]` how many, by image id, at IoU 0.5.
+
+        Returns:
+            uint8 `[3, H, W]`, or None if nothing is wrong anywhere.
+        """
+        order = np.argsort(-(missed + wrong), kind="stable")[:count]
+        ranks = order[(missed + wrong)[order] > 0].tolist()
+        number_of = np.argsort(self.evaluator.image_rank)
+        diagnosis = self.evaluator.evaluation(self.found).image_diagnostics(iou_thr=0.5)
+        tiles: list[Tensor] = []
+        for rank in ranks:
+            number = int(number_of[rank])
+            tiles += self._draw_errors(number, diagnosis["gt_status"], diagnosis["dt_status"])
+        return drawing.mosaic(tiles, columns=4 if len(ranks) > 1 else 2) if tiles else None
+
+    def _draw_errors(
+        self, number: int, gt_status: Mapping[int, str], dt_status: Mapping[int, str]
+    ) -> list[Tensor]:
+        truth, image = self.data.annotations, self.data[0, number][0]
+        rows = np.arange(*truth.offsets[number : number + 2])
+        status = ["crowd" if truth.iscrowd[row] else gt_status.get(row + 1) for row in rows]
+        labels = self.evaluator.labels[truth.category_index[rows]].tolist()
         texts = [
-            f"{names[label]} {score:.2f}" for label, score in zip(labels, found[:, 5], strict=True)
+            {"fn": f"missed {self.names[label]}", "crowd": "crowd"}.get(str(what))
+            for label, what in zip(labels, status, strict=True)
         ]
-        tiles.append(drawing.draw_boxes(image, boxes, labels, texts, colours))
-    return drawing.mosaic(tiles, columns=4 if len(chosen) > 1 else 2)
+        labels = [
+            MISSED if what == "fn" else label for label, what in zip(labels, status, strict=True)
+        ]
+        boxes = coco_json.to_xyxy(truth.boxes_xywh[rows])
+        left = drawing.draw_boxes(image, boxes, labels, texts, self.colours, side=400)
+        what = f"{status.count('fn')} of {len(rows) - status.count('crowd')} boxes missed"
+        left = drawing.captioned(left, f"image {truth.image_ids[number]}: {what}")
+
+        found = self._found_on(number)
+        is_wrong = [dt_status.get(row + 1) == "fp" for row in found.tolist()]
+        named = [
+            text if bad else None for text, bad in zip(self._texts(found), is_wrong, strict=True)
+        ]
+        boxes = self._boxes(found)
+        right = drawing.draw_boxes(image, boxes, self._labels(found), named, self.colours, side=400)
+        right = drawing.captioned(right, f"{sum(is_wrong)} of {len(found)} detections wrong")
+        return [left, right]
+
+    def _found_on(self, number: int) -> np.ndarray:
+        return np.flatnonzero(self.found[:, 0] == self.evaluator.image_rank[number])
+
+    def _boxes(self, rows: np.ndarray) -> np.ndarray:
+        return coco_json.to_xyxy(self.found[rows, 1:5])
+
+    def _labels(self, rows: np.ndarray) -> list[int]:
+        return self.found[rows, 6].astype(int).tolist()
+
+    def _texts(self, rows: np.ndarray) -> list[str]:
+        scores = self.found[rows, 5].tolist()
+        pairs = zip(self._labels(rows), scores, strict=True)
+        return [f"{self.names[label]} {score:.2f}" for label, score in pairs]
+
+
+def draw(folder: Path) -> list[str]:
+    """Draw everything that the newest evaluation in `folder` gives; say what was drawn.
+
+    Raises:
+        ValueError: if there is no evaluation, or its annotations changed.
+    """
+    place = newest_evaluation(folder)
+    analysis = json.loads((place / "analysis.json").read_text())
+    curves = np.load(place / "curves.npz")
+    about, confidence = analysis["data"], analysis["confidence"]
+    label_map = about["categories"]
+    lines = [f"{place}, drawn into {folder}:"]
+    figures: dict[str, tuple[Any, str]] = {
+        "errors.png": (eval_plots.draw_errors(analysis["errors"]), "what AP50 is lost to"),
+    }
+    if any(row["boxes"] for row in analysis["per_class"]):
+        names = [c["name"] for c in sorted(label_map, key=lambda c: c["label"])]
+        figures |= {
+            "pr_curves.png": (
+                eval_plots.draw_curves(analysis["per_class"], curves, confidence, label_map),
+                "precision over recall, F1 over confidence",
+            ),
+            "per_class_ap.png": (
+                eval_plots.draw_class_ap(analysis["per_class"], label_map),
+                "AP and AP50 by class",
+            ),
+            "confusion_matrix.png": (
+                eval_plots.draw_confusion(names, curves["confusion"], confidence),
+                "which class is taken for which",
+            ),
+        }
+    for name, (figure, what) in figures.items():
+        figure.savefig(folder / name)
+        lines.append(f"  {name:22}{what}")
+    if "images" not in about:
+        return [*lines, "  no images: the evaluation does not know where they are"]
+
+    annotations, _ = coco_utils.read_annotations(Path(about["annotations"]))
+    if not np.array_equal(np.sort(annotations.image_ids), curves["image_ids"]):
+        raise ValueError(f"{about['annotations']} has other images than {place} evaluated")
+    found = np.load(place / "detections.npy")
+    pictures = Pictures(annotations, Path(about["images"]), label_map, found, confidence)
+    drawn = {
+        "predictions.jpg": (pictures.draw_some(), "ground truth (left) and predictions (right)"),
+        "worst_images.jpg": (
+            pictures.draw_worst(curves["missed"], curves["wrong"]),
+            "where most is missed (left) or wrong (right)",
+        ),
+    }
+    for name, (picture, what) in drawn.items():
+        (folder / name).unlink(missing_ok=True)
+        if picture is None:
+            lines.append(f"  {name:22}not drawn: nothing is missed or wrong")
+            continue
+        write_jpeg(picture, str(folder / name), quality=90)
+        lines.append(f"  {name:22}{what}, from confidence {confidence:.2f}")
+    return lines
 
 
 def main() -> None:
     """Parse the command line and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the --output-dir of a run")
-    run = parser.parse_args().run
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path, help="the --output-dir of a run, or eval/epoch_N in it")
     try:
-        if not (run / "args.json").is_file():
-            raise ValueError(f"{run} is not the --output-dir of a run: it has no args.json")
-        about = json.loads((run / "args.json").read_text())
-        place = newest_evaluation(run)
-        annotations, _ = coco_utils.read_annotations(Path(about["paths"]["val_annotations"]))
-        picture = draw_predictions(
-            annotations,
-            Path(about["paths"]["val_images"]),
-            about["categories"],
-            np.load(place / "detections.npy"),
-        )
-        path = run / "predictions.jpg"
-        write_jpeg(picture, str(path), quality=90)
-        print(f"ground truth (left) and predictions (right) of {place.name}: {path}")
-    except ValueError as error:
+        print("\n".join(draw(parser.parse_args().run)))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

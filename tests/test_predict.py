@@ -1,0 +1,141 @@
+"""Prediction equals the model's own, for files, folders and patterns; bad images are said.
+
+python -m pytest tests/test_predict.py
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+import checkpoint
+from model import build_model, load_detector
+from tools import predict, visualize
+
+LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a detector that finds something: its scores all lie near one half."""
+    args: dict[str, Any] = {"model": "retinanet_resnet18_fpn", "min_size": 64, "max_size": 64}
+    torch.manual_seed(0)
+    model = build_model(args["model"], LABEL_MAP, min_size=64, max_size=64)
+    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    content = {"model": model.state_dict(), "ema": None, "args": args, "categories": LABEL_MAP}
+    checkpoint.save(content, path)
+    return path
+
+
+@pytest.fixture
+def images(tiny_shapes: Path, tmp_path: Path) -> Path:
+    """A folder with images in two places, of two formats."""
+    sources = sorted((tiny_shapes / "val2017").iterdir())[:3]
+    for source, name in zip(sources, ("a.jpg", "sub/a.jpg", "a.png"), strict=True):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(source).save(tmp_path / "in" / name)
+    return tmp_path / "in"
+
+
+def run(*arguments: Path | str) -> int:
+    return predict.main([*map(str, arguments), "--device", "cpu", "--workers", "0"])
+
+
+def test_results_are_those_of_the_model_called_by_hand(
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ("--output-dir", out, "--csv", "--score-thresh", "0.3")
+    assert run("--checkpoint", trained, images, *flags) == 0
+    results = json.loads((out / "detections.json").read_text())
+    model, label_map = load_detector(str(trained))
+    assert label_map == LABEL_MAP and not model.training
+    with torch.no_grad():
+        (found,) = model([decode_image(str(images / "sub" / "a.jpg"), ImageReadMode.RGB) / 255])
+    kept = (found["scores"] >= 0.3) & (found["labels"] > 0)  # untrained, it sees background, too
+    own = [r for r in results if r["file_name"].endswith("sub/a.jpg")]
+    assert len(own) == int(kept.sum()) > 0
+    assert [r["score"] for r in own] == found["scores"][kept].tolist()
+    assert {(r["category_id"], r["category"]) for r in results} <= {(3, "cat"), (8, "dog")}
+    x1, y1, x2, y2 = found["boxes"][kept][0].tolist()
+    assert own[0]["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+    with (out / "detections.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in rows] == [r["score"] for r in results]
+    assert f"{len(results)} objects in 3 images" in capsys.readouterr().out
+    pictures = {p.relative_to(out / "pictures").as_posix() for p in out.rglob("*.jpg")}
+    assert pictures == {"a.jpg.jpg", "a.png.jpg", "sub/a.jpg"}
+
+
+def test_an_image_that_cannot_be_read_is_said_and_the_rest_goes_on(
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images / "b.jpg").write_bytes((images / "a.jpg").read_bytes()[:300])
+    (images / "c.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    assert run("--checkpoint", trained, images, "--output-dir", out, "--batch-size", "2") == 1
+    told = capsys.readouterr()
+    assert "in 3 images" in told.out
+    assert [line.split(": ")[1] for line in told.err.splitlines()] == [
+        *(f"{images / name}" for name in ("b.jpg", "c.jpg")),
+    ]
+    assert "is empty" in told.err and "is damaged" in told.err
+    assert len(list((out / "pictures").rglob("*.jpg"))) == 3
+
+
+def test_files_folders_and_patterns_name_each_image_once(images: Path) -> None:
+    found = predict.find_images([str(images), str(images / "a.png"), str(images / "**" / "*.jpg")])
+    assert found == [images / "a.jpg", images / "a.png", images / "sub" / "a.jpg"]
+    with pytest.raises(ValueError, match=r"nothing\*.jpg: no image there"):
+        predict.find_images([str(images), "nothing*.jpg"])
+
+
+def test_an_image_is_seen_as_exif_turns_it(trained: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    Image.new("RGB", (64, 40), "gray").save(path, exif=exif)
+    _, image = predict.ImageFiles([path])[0]
+    assert isinstance(image, torch.Tensor) and image.shape == (3, 64, 40)
+
+
+@pytest.mark.parametrize("content", ["checkpoint", "weights"])
+def test_what_is_no_detector_is_refused(content: str, trained: Path, tmp_path: Path) -> None:
+    if content == "checkpoint":
+        source = tmp_path / "plain.pth"
+        torch.save(checkpoint.load(trained)["model"], source)
+        with pytest.raises(ValueError, match="is no checkpoint of train.py"):
+            load_detector(str(source))
+    else:
+        with pytest.raises(ValueError, match="neither a file nor the name of torchvision weights"):
+            load_detector("runs/nowhere/best.pth")
+
+
+def test_post_processing_may_be_chosen(trained: Path, images: Path) -> None:
+    image = decode_image(str(images / "a.jpg"), ImageReadMode.RGB) / 255
+    counts = []
+    for most in (3, 7):
+        model, _ = load_detector(str(trained), detections_per_image=most)
+        with torch.no_grad():
+            counts.append(len(model([image])[0]["scores"]))
+    assert counts == [3, 7]
+
+
+def test_a_batch_is_drawn_with_the_flags_of_train_py(tiny_shapes: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "batch.jpg"
+    flags = ["--data-path", tiny_shapes, "--model", "retinanet_resnet18_fpn", "--workers", 0]
+    sizes = ["--min-size", 64, "--max-size", 64, "--batch-size", 3, "--batches", 2, "--side", 200]
+    visualize.main(["batch", *map(str, [*flags, *sizes, "--picture", picture])])
+    with Image.open(picture) as image:
+        assert image.width == 3 * 206 + 6  # three tiles of 200 in a row, 6 px apart
+        assert len({image.getpixel((x, 40)) for x in range(image.width)}) > 20
+    with pytest.raises(ValueError, match="say what to draw"):
+        visualize.main(["--data-path", str(tiny_shapes)])

@@ -1,0 +1,239 @@
+"""Detect objects in one's own images: pictures with boxes, a COCO results file, a table.
+
+    python -m tools.predict --checkpoint runs/coco/best.pth photos/ 'more/*.jpg'
+    python -m tools.predict --weights RetinaNet_ResNet50_FPN_Weights.COCO_V1 street.jpg
+
+Exits with 1 if an image could not be read; the others are done all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import glob
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import write_jpeg
+from tqdm import tqdm
+
+import coco_utils
+import engine
+import train
+import utils
+from model import load_detector, mixed_precision
+from tools import drawing
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class ImageFiles(Dataset):
+    """Images by path, each with its size (H, W) as it is shown; what is wrong with one, instead."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+        """Return the number, and uint8 `[3, H, W]` or why it cannot be read."""
+        path = self.paths[number]
+        try:
+            return number, coco_utils.read_image(path, path.parent, shown_size(path))
+        except coco_utils.ImageError as error:
+            return number, str(error)
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """Return the size (H, W) of an image as EXIF turns it; (0, 0) if its header is unreadable."""
+    try:
+        with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
+            width, height = header.size
+            is_turned = header.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # whatever a damaged file makes PIL raise; reading it will say what
+        return 0, 0
+    return (width, height) if is_turned else (height, width)
+
+
+def find_images(given: Sequence[str]) -> list[Path]:
+    """Return the images that files, folders (with all below) and glob patterns name, once each.
+
+    Raises:
+        ValueError: names what leads to no image.
+    """
+    found: dict[Path, None] = {}
+    for text in given:
+        path = Path(text)
+        if path.is_dir():
+            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            paths = [path]
+        else:
+            paths = sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).is_file())
+        if not paths:
+            raise ValueError(f"{text}: no image there; give files, folders or quoted patterns")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module, loader: DataLoader, device: torch.device
+) -> Iterator[tuple[int, Tensor | None, dict[str, Tensor] | str]]:
+    """Yield (number, image, detections on the CPU), or (number, None, what is wrong with it)."""
+    model.eval()
+    for batch in loader:
+        images = [(number, image) for number, image in batch if isinstance(image, Tensor)]
+        for number, problem in batch:
+            if isinstance(problem, str):
+                yield number, None, problem
+        if images:
+            moved, _ = engine.to_device([image for _, image in images], [], device)
+            for (number, image), found in zip(images, model(moved), strict=True):
+                yield number, image, {name: value.cpu() for name, value in found.items()}
+
+
+def as_results(
+    number: int, path: Path, found: Mapping[str, Tensor], category_of: Mapping[int, Mapping]
+) -> list[dict[str, Any]]:
+    """Return detections as COCO results, with the file and the class by name."""
+    return [
+        {
+            "image_id": number,
+            "file_name": path.as_posix(),
+            "category_id": category_of[label]["id"],
+            "category": category_of[label]["name"],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for (x1, y1, x2, y2), label, score in zip(
+            found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True
+        )
+        if label in category_of  # COCO's 91 labels have gaps, which a model may predict
+    ]
+
+
+def draw(
+    image: Tensor, results: Sequence[Mapping], label_map: Sequence[Mapping], side: int
+) -> Tensor:
+    """Draw results of one image with class names and scores; uint8 `[3, h, w]`."""
+    label_of = {category["id"]: category["label"] for category in label_map}
+    boxes = torch.tensor([r["bbox"] for r in results], dtype=torch.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = [label_of[r["category_id"]] for r in results]
+    texts = [f"{r['category']} {r['score']:.2f}" for r in results]
+    colours = drawing.class_colours(label_map)
+    return drawing.draw_boxes(image, boxes.numpy(), labels, texts, colours, side)
+
+
+def picture_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Return where the picture of each image goes, with the subfolders in which images differ."""
+    absolute = [path.resolve() for path in paths]
+    common = os.path.commonpath([path.parent for path in absolute])
+    places = [folder / "pictures" / path.relative_to(common) for path in absolute]
+    stems = Counter(place.with_suffix("") for place in places)
+    return [  # a.png and a.jpg must not become one picture
+        place.with_name(f"{place.name}.jpg")
+        if stems[place.with_suffix("")] > 1
+        else place.with_suffix(".jpg")
+        for place in places
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the flags."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", help="files, folders, or quoted patterns")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="of a run of train.py, such as runs/coco/best.pth")
+    source.add_argument("--weights", help="of torchvision, by name")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("predictions"), help="for all files"
+    )
+    parser.add_argument(
+        "--score-thresh", type=float, default=0.5, help="detections below are left out"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
+    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="cuda where there is one, else cpu"
+    )
+    parser.add_argument(
+        "--amp", nargs="?", const="bf16", choices=("fp16", "bf16"), help="alone: bf16"
+    )
+    parser.add_argument("--csv", action="store_true", help="write detections.csv, too")
+    parser.add_argument(
+        "--side", type=int, default=1024, help="longer side of the pictures, pixels"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Detect, draw, write; return the exit status."""
+    flags = build_parser().parse_args(argv)
+    paths = find_images(flags.images)
+    device = torch.device(flags.device or utils.default_device())
+    model, label_map = load_detector(flags.checkpoint or flags.weights, device)
+    category_of = {category["label"]: category for category in label_map}
+    loader = DataLoader(
+        ImageFiles(paths), flags.batch_size, num_workers=flags.workers, collate_fn=list
+    )
+    places = picture_paths(paths, flags.output_dir)
+    results: list[dict[str, Any]] = []
+    unreadable, start = [], time.perf_counter()
+    bar = tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty())
+    with mixed_precision(model, train.AMP_DTYPES.get(flags.amp)), bar:
+        for number, image, found in detect(model, loader, device):
+            bar.update()
+            if image is None or isinstance(found, str):
+                unreadable.append(f"{paths[number]}: {found}")
+                continue
+            kept = found["scores"] >= flags.score_thresh
+            found = {name: value[kept] for name, value in found.items()}
+            own = as_results(number + 1, paths[number], found, category_of)
+            results += own
+            places[number].parent.mkdir(parents=True, exist_ok=True)
+            picture = draw(image, own, label_map, flags.side)
+            write_jpeg(picture, str(places[number]), quality=90)
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    (flags.output_dir / "detections.json").write_text(json.dumps(results))
+    if flags.csv:
+        write_csv(results, flags.output_dir / "detections.csv")
+    seconds = time.perf_counter() - start
+    done = len(paths) - len(unreadable)
+    print(
+        f"{len(results)} objects in {done} images, {done / seconds:.3g} images a second with "
+        f"reading and drawing: {flags.output_dir}"
+    )
+    for problem in unreadable:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write results as a table; x, y, width and height are pixels."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "category", "score", "x", "y", "width", "height"])
+        writer.writerows([r["file_name"], r["category"], r["score"], *r["bbox"]] for r in results)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")
