@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-faults lint clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,10 +13,13 @@ demo: .venv/installed
 	bash recipes/shapes.sh
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and (not faults or smoke)"
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -m faults tests/test_faults.py tests/test_two_nodes.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -347,3 +347,24 @@ def test_same_sample_for_same_seed_epoch_index(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     other, _ = data[3, 0]
     assert not (first.shape == other.shape and torch.equal(first, other))
+
+
+def test_a_batch_comes_out_of_a_worker_as_it_went_in(tmp_path: Path) -> None:
+    document = valid()
+    document["annotations"] = document["annotations"][:1]  # one image has no box
+    data = data_set(tmp_path, document)
+    order = [[(0, 0), (0, 1)], [(0, 1)]]
+    options: Any = {"batch_sampler": order, "collate_fn": coco_utils.collate}
+    direct, sent = (
+        list(torch.utils.data.DataLoader(data, num_workers=workers, **options))
+        for workers in (0, 1)
+    )
+    for (images, targets), (sent_images, sent_targets) in zip(direct, sent, strict=True):
+        assert all(map(torch.equal, images, sent_images))
+        for target, sent_target in zip(targets, sent_targets, strict=True):
+            assert target.keys() == sent_target.keys()
+            for name, value in target.items():
+                assert value.dtype == sent_target[name].dtype
+                assert torch.equal(value, sent_target[name])
+                # By value, not by a file descriptor of its own, which costs far more.
+                assert not sent_target[name].is_shared()
