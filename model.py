@@ -8,6 +8,7 @@ builders' own loading does not ensure.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -33,7 +34,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import checkpoint
 import retinanet
 
 logger = logging.getLogger("retinanet")
@@ -198,6 +198,7 @@ class Weights:
     state: dict[str, Tensor]
     label_map: Sequence[Mapping[str, Any]] | None = None
     published: models.WeightsEnum | None = None
+    settings: Mapping[str, Any] | None = None  # the flags of the run that a checkpoint is of
 
 
 def build_model(
@@ -378,18 +379,16 @@ def load_detector(
     Raises:
         ValueError: says what is wrong with `source`.
     """
-    if Path(source).is_file():
-        saved = checkpoint.load(Path(source))
-        if "args" not in saved or "categories" not in saved:
+    weights = read_weights(source, "detector")
+    if weights.published is None:
+        if not weights.settings or weights.label_map is None:
             raise ValueError(f"{source} is no checkpoint of train.py: it does not name its classes")
-        label_map = [dict(category) for category in saved["categories"]]
-        settings = {name: saved["args"][name] for name in INFERENCE if name in saved["args"]}
-        model = build_model(
-            saved["args"]["model"], label_map, load=False, **settings | post_processing
-        )
-        load_trained(model, saved, source)
+        label_map = [dict(category) for category in weights.label_map]
+        settings = {k: weights.settings[k] for k in INFERENCE if k in weights.settings}
+        name = weights.settings["model"]
+        model = build_model(name, label_map, load=False, **settings | post_processing)
+        load_trained(model, weights.state, source)
     else:
-        weights = read_weights(source, "--weights")
         names = set(model_names()) & set(models.list_models(module=detection))
         name = next(
             (n for n in names if weights.published in list(models.get_model_weights(n))), ""
@@ -523,7 +522,8 @@ def read_weights(source: str, flag: str) -> Weights:
         state = content.get("ema") or content.get("model") or content
         published = [w for w in _published() if Path(w.url).name == path.name]
         label_map = content.get("categories")
-        return _named_weights(source, state, published[0] if published else None, label_map)
+        weights = _named_weights(source, state, published[0] if published else None, label_map)
+        return dataclasses.replace(weights, settings=content.get("args"))
     try:
         weights = models.get_weight(source)
     except (AttributeError, KeyError, ValueError):

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "shapes": set(),
     "coco_eval": {"utils"},
     "retinanet": set(),
-    "model": {"checkpoint", "retinanet"},
+    "model": {"retinanet"},
     "engine": {"utils", "coco_eval"},
 }
 MAY_IMPORT["train"] = set(MAY_IMPORT)
