@@ -270,8 +270,9 @@ def images_with_objects(annotations: Annotations) -> np.ndarray:
     Torchvision's rule, so that COCO gives the same 117,266 images: one annotation at least, crowds
     included, is wider and higher than one pixel.
     """
-    counts = (annotations.boxes_xywh[:, 2:] > 1).all(axis=1)
-    return np.unique(annotations.image_of_annotation()[counts])
+    width, height = annotations.boxes_xywh[:, 2:].T
+    total = np.concatenate([[0], np.cumsum((width > 1) & (height > 1))])
+    return np.flatnonzero(np.diff(total[annotations.offsets]))
 
 
 class _Batch(tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]):

@@ -187,12 +187,12 @@ def decode_boxes(codes: Tensor, anchors: Tensor) -> Tensor:
     return torch.cat([center - half, center + half], dim=-1)
 
 
-def _absent_class_terms(logits: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def _absent_class_terms(logits: Tensor, weight: float, zero: Tensor) -> tuple[Tensor, Tensor]:
     # The loss of a class that is not there, w p² · -log(1 - p), and its derivative by the logit,
     # w p² · (p - 2 (1 - p) log(1 - p)); in place, as these tensors are the largest of the step.
     p = logits.sigmoid()
     loss = F.softplus(logits)  # -log(1 - p), exact for small p as well
-    slope = torch.addcmul(logits.new_zeros(()), p, p, value=weight)
+    slope = torch.addcmul(zero, p, p, value=weight)
     loss.mul_(slope)
     slope.mul_(p).add_(loss, alpha=2).addcmul_(loss, p, value=-2)
     return loss, slope
@@ -211,8 +211,9 @@ class _FocalLoss(torch.autograd.Function):
         ctx.dtype = logits.dtype
         logits = _full_precision(logits)
         index, foreground = classes.unsqueeze(2), foreground.unsqueeze(2)  # [N, A, 1]
-        loss, slope = _absent_class_terms(logits, 1 - ALPHA)  # [N, A, K]
-        own_loss, own_slope = _absent_class_terms(-logits.gather(2, index), ALPHA)  # [N, A, 1]
+        zero = logits.new_zeros(())
+        loss, slope = _absent_class_terms(logits, 1 - ALPHA, zero)  # [N, A, K]
+        own_loss, own_slope = _absent_class_terms(-logits.gather(2, index), ALPHA, zero)
         for terms, own in ((loss, own_loss), (slope, -own_slope)):
             terms.scatter_(2, index, torch.where(foreground, own, terms.gather(2, index)))
         ctx.save_for_backward(slope)
