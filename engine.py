@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -233,7 +235,7 @@ def _raise_not_finite(
 
 
 class _Clock:
-    """Measure images per second and the share of time spent waiting for data."""
+    """Measure images per second, the share of time spent waiting for data, and peak memory."""
 
     def __init__(self) -> None:
         self._restart()
@@ -264,6 +266,9 @@ class _Clock:
         }
         if device.type == "cuda":
             figures["memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+            figures["memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
         self._restart()
         return figures
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -44,10 +41,11 @@ from model import (
     check_model_name,
     load_trained,
     make_ema,
-    mixed_precision,
     padded_sizes,
     wrap,
 )
+from progress import RECIPE_BATCH
+from run import Evaluation, Run, open_folder
 from utils import Processes, logger
 
 PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
@@ -65,7 +63,6 @@ LOOP_FLAGS = ("seed", "clip_grad_norm", "print_freq")
 SCHEDULE_FLAGS = ("epochs", "lr_scheduler", "lr_steps", "lr_gamma", "warmup_steps")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
-RECIPE_BATCH = 16  # the global batch that the recipe's learning rate is for: 8 GPUs, 2 images each
 # What `--test-only` takes from the checkpoint unless a flag says otherwise.
 REMEMBERED_DATA = ("dataset", "data_path", "val_images", "val_annotations")
 REMEMBERED = (*REMEMBERED_DATA, "model", *INFERENCE)
@@ -162,7 +159,7 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
     add("--keep-checkpoints", type=int, help="newest model_EPOCH.pth to keep; all")
     add("--max-steps", type=int, help="stop cleanly after this many optimizer steps in all")
     add("--print-freq", type=int, default=20, help="optimizer steps per line of the log")
-    add("--tensorboard", action="store_true", help="write scalars to OUTPUT_DIR/tensorboard")
+    add("--tensorboard", action="store_true", help="write scalars and sample images there")
     add("--use-deterministic-algorithms", action="store_true", help="bit-exact on CUDA, slower")
 
 
@@ -363,42 +360,6 @@ def make_loader(
     )
 
 
-def open_folder(
-    folder: Path,
-    resume: str | None,
-    test_only: bool,
-    processes: Processes,
-    stack: contextlib.ExitStack,
-) -> Path | None:
-    """Start the log, claim a run's folder until `stack` closes; return the checkpoint to load.
-
-    Raises:
-        ValueError: if the folder holds a run that `resume` does not continue, or is being written.
-        OSError: if it cannot be written.
-    """
-    path = Path(resume) if resume and resume != "auto" else None
-    if test_only:
-        utils.set_up_logging(processes.is_main)
-        return path
-
-    def claim() -> Path | None:
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(utils.lock_folder(folder))
-        utils.set_up_logging(True, folder / "log.txt")
-        if resume == "auto":
-            checkpoint.remove_leftovers(folder)
-            return checkpoint.newest(folder)
-        if (folder / "args.json").exists():
-            raise ValueError(
-                f"--output-dir {folder} holds a run; continue it with --resume auto, or choose "
-                "another --output-dir"
-            )
-        return path
-
-    utils.set_up_logging(processes.is_main)
-    return processes.on_main(claim)
-
-
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
     """Return the micro-batches of an optimizer step, over all processes.
 
@@ -419,230 +380,6 @@ def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, An
     if wanted != accumulate_steps * world_size:
         logger.warning("--accumulate-steps %d keeps the global batch", wanted // world_size)
     return wanted
-
-
-@dataclass
-class Evaluation:
-    """The validation data on one process, and how it is evaluated."""
-
-    data: coco_utils.CocoDetection
-    loader: DataLoader
-    processes: Processes
-    coco_eval: str
-    save_detections: bool
-    val_loss: bool
-    amp_dtype: torch.dtype | None
-    should_stop: utils.StopSignal
-
-    def run(self, model: nn.Module, place: Path | None) -> tuple[bool, dict[str, float]]:
-        """Evaluate on all processes, print the table, write what was found to the folder `place`.
-
-        Returns:
-            Whether it was not stopped, and on rank 0 the metrics.
-        """
-        evaluator = coco_eval.CocoEvaluator(self.data.annotations, self.data.label_map)
-        with mixed_precision(model, self.amp_dtype):
-            finished, result = engine.evaluate(
-                model,
-                self.loader,
-                evaluator,
-                self.processes,
-                backend=self.coco_eval,
-                with_losses=self.val_loss,
-                should_stop=self.should_stop,
-            )
-        if result is None:
-            return finished, {}
-        analysis, others = result.analysis, dict(list(result.metrics.items())[12:])
-        shown = "  ".join(f"{k} {v:.3g}" for k, v in (result.speed | others).items())
-        classes = coco_eval.class_table(analysis.per_class)
-        logger.info("evaluated %d images: %s\n%s", len(self.data), shown, result.table)
-        logger.info("by class, best first:\n%s\n%s", classes, coco_eval.error_line(analysis))
-        if result.metrics["AP"] < 0:
-            logger.warning("no box is annotated on the validation images, so AP is -1")
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-            about = {
-                "images": str(self.data.root.resolve()),
-                "annotations": str(self.data.annotations.path.resolve()),
-                "categories": self.data.label_map,
-            }
-            coco_eval.write_analysis(analysis, place, {"speed": result.speed, "data": about})
-            np.save(place / "detections.npy", result.detections)
-            (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
-        if self.save_detections:
-            path = (place or Path()) / "detections.json"
-            evaluator.write_results(result.detections, path)
-            logger.info("detections written to %s", path)
-        return True, result.metrics
-
-
-class Run:
-    """A training run's folder: its records, its checkpoints, what was evaluated when."""
-
-    def __init__(
-        self,
-        folder: Path,
-        state: engine.TrainState,
-        evaluation: Evaluation,
-        settings: dict[str, Any],
-        paths: dict[str, Path],
-        stack: contextlib.ExitStack,
-    ) -> None:
-        self.folder, self.state, self.evaluation, self.paths = folder, state, evaluation, paths
-        self.processes = evaluation.processes
-        self.settings: dict[str, Any] = {
-            k: str(v) if isinstance(v, Path) else v for k, v in settings.items()
-        }
-        self.extra: dict[str, Any] = {
-            "args": self.settings,
-            "categories": evaluation.data.label_map,
-            "versions": utils.versions(),
-        }
-        self.evaluated: set[int] = set()
-        self.tensorboard = None
-        if settings["tensorboard"] and self.processes.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
-
-    def start(self, data: coco_utils.CocoDetection, lr: float, steps_per_epoch: int) -> None:
-        """Say what will run, in the log and in args.json; take the records back to this step."""
-        kept = []
-        if self.processes.is_main:
-            if self.state.epoch and not self.state.position:
-                self._keep(f"model_{self.state.epoch - 1}.pth", anew=False)
-            (self.folder / "preempted").unlink(missing_ok=True)
-            kept = utils.rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
-            settings, device = self.settings, self.processes.device
-            per_step = settings["batches_per_step"]
-            count = sum(parameter.numel() for parameter in self.state.model.parameters())
-            images = f"{len(data)} of {len(data.annotations)} images to train on"
-            classes = [category["name"] for category in data.label_map]
-            summary = {
-                "data": f"{images}, {len(self.evaluation.data)} to evaluate",
-                "classes": f"{len(classes)}: {', '.join(classes)}"[:80],
-                "model": f"{settings['model']}, {count:,} parameters",
-                "global batch": f"{settings['batch_size']} images x {per_step} batches",
-                "learning rate": f"{lr:g}; {steps_per_epoch} steps an epoch",
-                "precision": f"{settings['amp'] or 'fp32'}, {self.processes.world_size} x {device}",
-                "versions": ", ".join(f"{k} {v}" for k, v in self.extra["versions"].items()),
-            }
-            about = {
-                **self.extra,
-                "effective_lr": lr,
-                "global_batch": settings["batch_size"] * per_step,
-                "paths": {name: str(path) for name, path in self.paths.items()},
-                "summary": summary,
-            }
-            (self.folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
-            lines = [f"\n  {name:14} {value}" for name, value in summary.items()]
-            logger.info("%s from step %d%s", self.folder, self.state.step, "".join(lines))
-        aps = self.processes.broadcast({r["epoch"]: r["AP"] for r in kept if "AP" in r})
-        self.evaluated = set(aps)
-        self.state.best = max(aps.values(), default=self.state.best)
-        # Continued from another folder's checkpoint: from here on there is one in this folder, too.
-        if self.processes.broadcast(
-            self.state.step > 0 and not (self.folder / checkpoint.NEWEST).exists()
-        ):
-            self.save()
-
-    def after_step(self, line: dict[str, float] | None, stop: bool) -> bool:
-        """Record a line, save if it is time to; return whether the run stops here."""
-        if line is not None:
-            self._record(line)
-        stop |= self.state.step == self.settings["max_steps"]
-        every = self.settings["checkpoint_every"]
-        if stop or (every and self.state.step % every == 0):
-            self.save()
-        return stop
-
-    def evaluation_is_due(self) -> bool:
-        """Return whether the epoch that ended last is to be evaluated, and was not yet."""
-        every, done = self.settings["eval_every"], self.state.epoch
-        if not every or self.state.position or not done or done - 1 in self.evaluated:
-            return False
-        return done % every == 0 or done == self.settings["epochs"]
-
-    def evaluate(self) -> bool:
-        """Evaluate the epoch that was just saved, keep the best; return whether it was finished."""
-        epoch = self.state.epoch - 1
-        place = self.folder / "eval" / f"epoch_{epoch}"
-        model = self.state.model_to_evaluate
-        # Batch statistics are each process's own; a checkpoint has those of rank 0.
-        self.processes.equalize(model.buffers())
-        try:
-            finished, metrics = self.evaluation.run(model, place)
-        except OSError as error:
-            raise OSError(f"cannot write {place}: {error}") from None
-        if not finished:
-            return False
-        ap = self.processes.broadcast(metrics.get("AP"))
-        if self.state.best is None or ap > self.state.best:
-            self.state.best = ap
-            if self.processes.is_main:
-                checkpoint.copy(self.folder / checkpoint.NEWEST, self.folder / "best.pth")
-        self.evaluated.add(epoch)
-        self._record(metrics)
-        return True
-
-    def save(self, name: str | None = None) -> None:
-        """Write checkpoint.pth on rank 0, and a copy called `name`; if that fails, fail everywhere.
-
-        Raises:
-            OSError: on every process, with the path.
-        """
-        path = self.folder / checkpoint.NEWEST
-
-        def write() -> None:
-            try:
-                checkpoint.save(self.state.state_dict() | self.extra, path)
-                if name is not None:
-                    self._keep(name)
-            except OSError as error:
-                raise OSError(f"cannot write {path}: {error}") from None
-
-        self.processes.barrier()
-        self.processes.on_main(write)
-
-    def _keep(self, name: str, anew: bool = True) -> None:
-        """Copy the newest checkpoint to `name`, or see that a killed process did; prune others."""
-        newest, copy = self.folder / checkpoint.NEWEST, self.folder / name
-        if anew or (checkpoint.is_verified(newest) and not checkpoint.is_verified(copy)):
-            checkpoint.copy(newest, copy)
-        if self.settings["keep_checkpoints"] is not None:
-            checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
-
-    def is_stopped(self) -> bool:
-        """Return, the same on every process, whether any of them was asked to stop."""
-        received = self.evaluation.should_stop.received
-        return self.processes.sum([float(received is not None)])[0] > 0
-
-    def finish(self) -> None:
-        """Say where the run ended, and leave a marker if a signal ended it."""
-        how = "ended"
-        if self.is_stopped():
-            received = self.evaluation.should_stop.received or "a signal to another process"
-            how = f"stopped by {received}"
-            if self.processes.is_main:
-                (self.folder / "preempted").write_text(f"{received} at step {self.state.step}\n")
-        logger.info("%s after step %d", how, self.state.step)
-
-    def _record(self, values: dict[str, Any]) -> None:
-        """Write one record to the log, metrics.jsonl and, if asked for, TensorBoard."""
-        if not self.processes.is_main:
-            return
-        epoch = self.state.epoch if self.state.position else self.state.epoch - 1
-        record = {"step": self.state.step, "epoch": epoch, **values}
-        logger.info("  ".join(f"{name} {_short(value)}" for name, value in record.items()))
-        utils.append_json_line(self.folder / "metrics.jsonl", record)
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, self.state.step)
-
-
-def _short(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def evaluation_of(

@@ -16,15 +16,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TextIO, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 logger = logging.getLogger("retinanet")
 
@@ -162,9 +163,29 @@ def launch_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether `stream` is a terminal, wide enough for a bar."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= 40
+    except (OSError, ValueError):
+        return False
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Logs to a terminal without tearing the bar there, which stands for its lines of figures."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record above the bar, but for one that the bar shows."""
+        if getattr(record, "is_on_bar", False):
+            return
+        with suppress(OSError):  # the terminal was closed; the run goes on
+            tqdm.write(self.format(record), file=self.stream)
+
+
 def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
     """Send the log to standard output and, on the main process, to `log_file` as well."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
+    handlers: list[logging.Handler] = [terminal(sys.stdout)]
     if is_main and log_file is not None:
         handlers.append(logging.FileHandler(log_file))
     layout = (

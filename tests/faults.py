@@ -118,6 +118,7 @@ def record_and_hurt() -> None:
     """Patch the product so that it records what it trains on, and suffers `FAULTS`."""
     import checkpoint
     import engine
+    import run as run_module
     import train
     import utils
 
@@ -189,7 +190,7 @@ def record_and_hurt() -> None:
     original: dict[str, Any] = {}
     for owner, replacement in (
         *((engine, train_one_epoch), (engine, to_device), (checkpoint, write)),
-        *((engine, flags), (train.Run, save), (train, open_folder)),
+        *((engine, flags), (run_module.Run, save), (train, open_folder)),
     ):
         name = {"flags": "_Flags", "write": "_write"}.get(
             replacement.__name__, replacement.__name__

@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models import detection
 
 import engine
+import run as run_module
 import train
 from coco_eval import CocoEvaluator
 from coco_utils import CocoDetection, collate, label_categories, read_annotations
@@ -250,17 +251,18 @@ def test_impossible_post_processing_is_refused(flags: list[str], message: str) -
 # --- the best -------------------------------------------------------------------------------------
 
 
-def bare_run(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> tuple[train.Run, list[int]]:
+def bare_run(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> tuple[run_module.Run, list[int]]:
     """Make a run that scores `aps`, and the list of epochs that it kept as best."""
     copied: list[int] = []
-    run = object.__new__(train.Run)
+    run = object.__new__(run_module.Run)
     run.folder, run.processes, run.tensorboard = Path("nowhere"), CPU, None
     run.evaluated, run.settings = set(), {"eval_every": 1, "epochs": 9}
     run.state = SimpleNamespace(best=None, epoch=0, position=0, model_to_evaluate=nn.Identity())  # type: ignore[assignment]
     results = iter(aps)
     run.evaluation = SimpleNamespace(run=lambda *_: (True, {"AP": next(results)}))  # type: ignore[assignment]
-    monkeypatch.setattr(train.Run, "_record", lambda *_: None)
-    monkeypatch.setattr(train.checkpoint, "copy", lambda *_: copied.append(run.state.epoch - 1))
+    monkeypatch.setattr(run_module.Run, "_record", lambda *_: None)
+    checkpoint = run_module.checkpoint
+    monkeypatch.setattr(checkpoint, "copy", lambda *_: copied.append(run.state.epoch - 1))
     return run, copied
 
 

@@ -48,6 +48,9 @@ MAY_IMPORT = {
     "retinanet": set(),
     "model": {"retinanet"},
     "engine": {"utils", "coco_eval"},
+    "progress": {"utils"},
+    "run": {"checkpoint", "coco_eval", "coco_json", "coco_utils", "engine", "model"}
+    | {"progress", "utils"},
 }
 MAY_IMPORT["train"] = set(MAY_IMPORT)
 

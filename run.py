@@ -1,0 +1,359 @@
+"""A run as its folder shows it: the log, the records, checkpoints and evaluations, when and where.
+
+Rank 0 writes; what it decides, such as whether a checkpoint or an evaluation is due, is the same on
+every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import checkpoint
+import coco_eval
+import coco_json
+import coco_utils
+import engine
+import progress
+import utils
+from model import mixed_precision
+from utils import Processes, logger
+
+SAMPLES = 4  # images that TensorBoard shows at a time
+SHOWN_SCORE = 0.5  # of detections there
+
+
+def open_folder(
+    folder: Path,
+    resume: str | None,
+    test_only: bool,
+    processes: Processes,
+    stack: contextlib.ExitStack,
+) -> Path | None:
+    """Start the log, claim a run's folder until `stack` closes; return the checkpoint to load.
+
+    Raises:
+        ValueError: if the folder holds a run that `resume` does not continue, or is being written.
+        OSError: if it cannot be written.
+    """
+    path = Path(resume) if resume and resume != "auto" else None
+    if test_only:
+        utils.set_up_logging(processes.is_main)
+        return path
+
+    def claim() -> Path | None:
+        """Be the one process that holds the folder and knows what is in it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(utils.lock_folder(folder))
+        utils.set_up_logging(True, folder / "log.txt")
+        if resume == "auto":
+            checkpoint.remove_leftovers(folder)
+            return checkpoint.newest(folder)
+        if (folder / "args.json").exists():
+            raise ValueError(
+                f"--output-dir {folder} holds a run; continue it with --resume auto, or choose "
+                "another --output-dir"
+            )
+        return path
+
+    utils.set_up_logging(processes.is_main)
+    return processes.on_main(claim)
+
+
+@dataclass
+class Evaluation:
+    """The validation data on one process, and how it is evaluated."""
+
+    data: coco_utils.CocoDetection
+    loader: DataLoader
+    processes: Processes
+    coco_eval: str
+    save_detections: bool
+    val_loss: bool
+    amp_dtype: torch.dtype | None
+    should_stop: utils.StopSignal
+
+    def run(self, model: nn.Module, place: Path | None) -> tuple[bool, dict[str, float]]:
+        """Evaluate on all processes, print the table, write what was found to the folder `place`.
+
+        Returns:
+            Whether it was not stopped, and on rank 0 the metrics.
+        """
+        evaluator = coco_eval.CocoEvaluator(self.data.annotations, self.data.label_map)
+        with mixed_precision(model, self.amp_dtype):
+            finished, result = engine.evaluate(
+                model,
+                self.loader,
+                evaluator,
+                self.processes,
+                backend=self.coco_eval,
+                with_losses=self.val_loss,
+                should_stop=self.should_stop,
+            )
+        if result is None:
+            return finished, {}
+        analysis, others = result.analysis, dict(list(result.metrics.items())[12:])
+        shown = "  ".join(f"{k} {v:.3g}" for k, v in (result.speed | others).items())
+        classes = coco_eval.class_table(analysis.per_class)
+        logger.info("evaluated %d images: %s\n%s", len(self.data), shown, result.table)
+        logger.info("by class, best first:\n%s\n%s", classes, coco_eval.error_line(analysis))
+        if result.metrics["AP"] < 0:
+            logger.warning("no box is annotated on the validation images, so AP is -1")
+        if place is not None:
+            place.mkdir(parents=True, exist_ok=True)
+            about = {
+                "images": str(self.data.root.resolve()),
+                "annotations": str(self.data.annotations.path.resolve()),
+                "categories": self.data.label_map,
+            }
+            coco_eval.write_analysis(analysis, place, {"speed": result.speed, "data": about})
+            np.save(place / "detections.npy", result.detections)
+            (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+        if self.save_detections:
+            path = (place or Path()) / "detections.json"
+            evaluator.write_results(result.detections, path)
+            logger.info("detections written to %s", path)
+        return True, result.metrics
+
+
+class Run:
+    """A training run's folder: its records, its checkpoints, what was evaluated when."""
+
+    def __init__(
+        self,
+        folder: Path,
+        state: engine.TrainState,
+        evaluation: Evaluation,
+        settings: dict[str, Any],
+        paths: dict[str, Path],
+        stack: contextlib.ExitStack,
+    ) -> None:
+        self.folder, self.state, self.evaluation, self.paths = folder, state, evaluation, paths
+        self.processes = evaluation.processes
+        self.settings: dict[str, Any] = {
+            k: str(v) if isinstance(v, Path) else v for k, v in settings.items()
+        }
+        self.extra: dict[str, Any] = {
+            "args": self.settings,
+            "categories": evaluation.data.label_map,
+            "versions": utils.versions(),
+        }
+        self.evaluated: set[int] = set()
+        self.lines_seen, self.is_warned = 0, False
+        self.tensorboard = None
+        if settings["tensorboard"] and self.processes.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
+
+    def start(self, data: coco_utils.CocoDetection, lr: float, steps_per_epoch: int) -> None:
+        """Say what will run, in the log and in args.json; take the records back to this step."""
+        settings = self.settings
+        global_batch = settings["batch_size"] * settings["batches_per_step"]
+        self.progress = progress.Progress(
+            steps_per_epoch, settings["epochs"], global_batch, self.processes.is_main
+        )
+        kept = []
+        if self.processes.is_main:
+            if self.state.epoch and not self.state.position:
+                self._keep(f"model_{self.state.epoch - 1}.pth", anew=False)
+            (self.folder / "preempted").unlink(missing_ok=True)
+            kept = utils.rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
+            about = {
+                **self.extra,
+                "effective_lr": lr,
+                "global_batch": global_batch,
+                "paths": {name: str(path) for name, path in self.paths.items()},
+                "summary": self._summary(data, lr, steps_per_epoch),
+            }
+            (self.folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+            processes_here = progress.processes_on_this_machine()
+            warnings = [
+                *progress.rate_warnings(settings["opt"], lr, global_batch, settings["weights"]),
+                *progress.worker_warnings(settings["workers"], processes_here, os.cpu_count() or 1),
+            ]
+            title = f"{self.folder} from step {self.state.step}"
+            progress.log_table(title, about["summary"], warnings)
+            if self.tensorboard is not None:
+                self._show_samples(data)
+        aps = self.processes.broadcast({r["epoch"]: r["AP"] for r in kept if "AP" in r})
+        self.evaluated = set(aps)
+        self.state.best = max(aps.values(), default=self.state.best)
+        # Continued from another folder's checkpoint: from here on there is one in this folder, too.
+        if self.processes.broadcast(
+            self.state.step > 0 and not (self.folder / checkpoint.NEWEST).exists()
+        ):
+            self.save()
+
+    def _summary(
+        self, data: coco_utils.CocoDetection, lr: float, steps_per_epoch: int
+    ) -> dict[str, str]:
+        """Return what will run, by name, for people."""
+        settings, processes, versions = self.settings, self.processes, self.extra["versions"]
+        per_step = settings["batches_per_step"]
+        count = sum(parameter.numel() for parameter in self.state.model.parameters())
+        trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        images = f"{len(data)} of {len(data.annotations)} images to train on"
+        classes = [category["name"] for category in data.label_map]
+        names = ", ".join(classes)
+        return {
+            "data": f"{images}, {len(self.evaluation.data)} to evaluate",
+            "classes": f"{len(classes)}: {names if len(names) <= 70 else names[:69] + '…'}",
+            "model": f"{settings['model']}, {count:,} parameters, {trained:,} of them trained",
+            "global batch": f"{settings['batch_size'] * per_step} images: {settings['batch_size']} "
+            f"x {processes.world_size} processes x {per_step // processes.world_size} accumulated",
+            "learning rate": f"{lr:g}, {settings['opt']}",
+            "length": f"{settings['epochs']} epochs of {steps_per_epoch} steps",
+            "precision": settings["amp"] or "fp32",
+            "devices": progress.describe_devices(processes.device, processes.world_size),
+            "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "revision"),
+            "git revision": versions["revision"],
+        }
+
+    def _show_samples(self, data: coco_utils.CocoDetection) -> None:
+        """Write the first training images, as they are in this epoch, to TensorBoard."""
+        assert self.tensorboard is not None
+        names = {category["label"]: category["name"] for category in data.label_map}
+        for number in range(min(SAMPLES, len(data))):
+            image, target = data[self.state.epoch, number]
+            texts = [names[label] for label in target["labels"].tolist()]
+            self.tensorboard.add_image_with_boxes(
+                f"training/{number}", image, target["boxes"], self.state.step, labels=texts
+            )
+
+    def _show_detections(self, place: Path) -> None:
+        """Write the first validation images with what was found there to TensorBoard."""
+        assert self.tensorboard is not None
+        data, found = self.evaluation.data, np.load(place / "detections.npy")
+        names = {category["label"]: category["name"] for category in data.label_map}
+        ranks = np.argsort(np.argsort(data.annotations.image_ids))
+        for number in range(min(SAMPLES, len(data))):
+            image, _ = data[0, number]
+            rows = found[(found[:, 0] == ranks[number]) & (found[:, 5] >= SHOWN_SCORE)]
+            texts = [f"{names.get(int(row[6]), '?')} {row[5]:.2f}" for row in rows]
+            boxes = torch.from_numpy(coco_json.to_xyxy(rows[:, 1:5]))
+            self.tensorboard.add_image_with_boxes(
+                f"validation/{number}", image, boxes, self.state.step, labels=texts
+            )
+
+    def after_step(self, line: dict[str, float] | None, stop: bool) -> bool:
+        """Record a line, save if it is time to; return whether the run stops here."""
+        if self.processes.is_main:
+            self.progress.step(self.state.step)
+        if line is not None:
+            self._record(line)
+            self._warn_of_waiting(line)
+        stop |= self.state.step == self.settings["max_steps"]
+        every = self.settings["checkpoint_every"]
+        if stop or (every and self.state.step % every == 0):
+            self.save()
+        return stop
+
+    def evaluation_is_due(self) -> bool:
+        """Return whether the epoch that ended last is to be evaluated, and was not yet."""
+        every, done = self.settings["eval_every"], self.state.epoch
+        if not every or self.state.position or not done or done - 1 in self.evaluated:
+            return False
+        return done % every == 0 or done == self.settings["epochs"]
+
+    def evaluate(self) -> bool:
+        """Evaluate the epoch that was just saved, keep the best; return whether it was finished."""
+        epoch = self.state.epoch - 1
+        place = self.folder / "eval" / f"epoch_{epoch}"
+        model = self.state.model_to_evaluate
+        # Batch statistics are each process's own; a checkpoint has those of rank 0.
+        self.processes.equalize(model.buffers())
+        try:
+            finished, metrics = self.evaluation.run(model, place)
+        except OSError as error:
+            raise OSError(f"cannot write {place}: {error}") from None
+        if not finished:
+            return False
+        ap = self.processes.broadcast(metrics.get("AP"))
+        if self.state.best is None or ap > self.state.best:
+            self.state.best = ap
+            if self.processes.is_main:
+                checkpoint.copy(self.folder / checkpoint.NEWEST, self.folder / "best.pth")
+        self.evaluated.add(epoch)
+        self._record(metrics)
+        if self.tensorboard is not None:
+            self._show_detections(place)
+        return True
+
+    def save(self, name: str | None = None) -> None:
+        """Write checkpoint.pth on rank 0, and a copy called `name`; if that fails, fail everywhere.
+
+        Raises:
+            OSError: on every process, with the path.
+        """
+        path = self.folder / checkpoint.NEWEST
+
+        def write() -> None:
+            """Save, and say which file an error is about."""
+            try:
+                checkpoint.save(self.state.state_dict() | self.extra, path)
+                if name is not None:
+                    self._keep(name)
+            except OSError as error:
+                raise OSError(f"cannot write {path}: {error}") from None
+
+        self.processes.barrier()
+        self.processes.on_main(write)
+
+    def _keep(self, name: str, anew: bool = True) -> None:
+        """Copy the newest checkpoint to `name`, or see that a killed process did; prune others."""
+        newest, copy = self.folder / checkpoint.NEWEST, self.folder / name
+        if anew or (checkpoint.is_verified(newest) and not checkpoint.is_verified(copy)):
+            checkpoint.copy(newest, copy)
+        if self.settings["keep_checkpoints"] is not None:
+            checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
+
+    def is_stopped(self) -> bool:
+        """Return, the same on every process, whether any of them was asked to stop."""
+        received = self.evaluation.should_stop.received
+        return self.processes.sum([float(received is not None)])[0] > 0
+
+    def finish(self) -> None:
+        """Say where the run ended, and leave a marker if a signal ended it."""
+        self.progress.close()
+        how = "ended"
+        if self.is_stopped():
+            received = self.evaluation.should_stop.received or "a signal to another process"
+            how = f"stopped by {received}"
+            if self.processes.is_main:
+                (self.folder / "preempted").write_text(f"{received} at step {self.state.step}\n")
+        logger.info("%s after step %d", how, self.state.step)
+
+    def _record(self, values: dict[str, Any]) -> None:
+        """Write one record to the log, metrics.jsonl and, if asked for, TensorBoard."""
+        if not self.processes.is_main:
+            return
+        epoch = self.state.epoch if self.state.position else self.state.epoch - 1
+        record = {"step": self.state.step, "epoch": epoch, **values}
+        if "images_per_second" in values:
+            self.progress.line(self.state.step, record)
+        else:
+            logger.info("  ".join(f"{name} {progress.short(v)}" for name, v in record.items()))
+        utils.append_json_line(self.folder / "metrics.jsonl", record)
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, self.state.step)
+
+    def _warn_of_waiting(self, line: dict[str, float]) -> None:
+        """Warn once if data is what the run waits for; in the first line workers still start."""
+        if self.lines_seen > 0 and not self.is_warned and self.processes.is_main:
+            for warning in progress.waiting_warnings(
+                line["data_time_share"], self.settings["workers"]
+            ):
+                logger.warning("warning: %s", warning)
+                self.is_warned = True
+        self.lines_seen += 1

@@ -1,0 +1,153 @@
+"""What people see while a run trains: pytest tests/test_progress.py."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import progress
+from progress import Progress
+
+
+def run_on_a_terminal(columns: int, *flags: str) -> tuple[int, str]:
+    """Run train.py on a terminal; return its exit status and all that the terminal got."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "train.py", *flags]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True
+    )
+    os.close(theirs)
+    parts = []
+    try:
+        while part := os.read(ours, 65536):
+            parts.append(part)
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(ours)
+    return process.wait(), b"".join(parts).decode()
+
+
+@pytest.fixture(scope="module")
+def on_a_terminal(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("terminal") / "run"
+    status, text = run_on_a_terminal(
+        160,
+        *("--data-path", str(tiny_shapes), "--model", "retinanet_resnet18_fpn", "--lr", "1e-3"),
+        *("--min-size", "64", "--max-size", "64", "--epochs", "2", "--lr-steps", "1"),
+        *("--batch-size", "4", "--workers", "1", "--print-freq", "2", "--tensorboard"),
+        *("--output-dir", str(folder)),
+    )
+    assert status == 0, text
+    return folder, text
+
+
+def test_a_terminal_has_a_bar_in_place_of_the_lines(on_a_terminal: tuple[Path, str]) -> None:
+    folder, text = on_a_terminal
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    steps = max(record["step"] for record in records)
+    per_epoch = steps // 2
+    for epoch in (0, 1):
+        assert re.search(rf"epoch {epoch} of 2: +\d+%.*{per_epoch}/{per_epoch}", text)
+    (last,) = re.findall(r"loss=[^\r]*run left=[^\r]*", text)[-1:]
+    for name in ("loss=", "lr=", "img/s=", "data=", "MB=", "run left="):
+        assert name in last
+    line = re.compile(r"step \d+  epoch \d+  loss ")
+    assert not line.search(text)
+    log = (folder / "log.txt").read_text()
+    assert len(line.findall(log)) == sum("loss" in record for record in records)
+    assert "run_left 0:00:00" in log and "epoch_left" in log
+    assert "AP" in text and "AP" in log  # all else is in both
+
+
+def test_the_start_says_what_will_run(on_a_terminal: tuple[Path, str]) -> None:
+    folder, text = on_a_terminal
+    about = json.loads((folder / "args.json").read_text())["summary"]
+    for name, value in about.items():
+        assert re.search(rf"  {name} +{re.escape(value)}", text), name
+    assert {"data", "classes", "model", "global batch", "learning rate", "precision"} <= set(about)
+    assert {"devices", "versions", "git revision"} <= set(about)
+
+
+def test_tensorboard_gets_scalars_and_sample_images(on_a_terminal: tuple[Path, str]) -> None:
+    folder, _ = on_a_terminal
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    written = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert [step for step, _ in written] == [step for step, _ in losses]
+    assert [value for _, value in written] == pytest.approx([value for _, value in losses])
+    pictures = {f"{split}/{i}" for split in ("training", "validation") for i in range(4)}
+    assert set(events.Tags()["images"]) == pictures
+    image = events.Images("training/0")[0]
+    assert max(image.width, image.height) == 64 and len(image.encoded_image_string) > 1000
+
+
+def test_a_terminal_without_a_width_gets_lines(tiny_shapes: Path, tmp_path: Path) -> None:
+    status, text = run_on_a_terminal(
+        0,
+        *("--data-path", str(tiny_shapes), "--model", "retinanet_resnet18_fpn", "--min-size", "64"),
+        *("--max-size", "64", "--print-freq", "1", "--max-steps", "1", "--workers", "0"),
+        *("--output-dir", str(tmp_path / "run")),
+    )
+    assert status == 0, text
+    assert re.search(r"step 1  epoch 0  loss ", text) and "%|" not in text
+
+
+def test_time_left_is_that_of_the_images_left() -> None:
+    shown = Progress(steps_per_epoch=10, epochs=3, global_batch=16)
+    # 16 images a step at 4 images a second: 4 seconds a step.
+    assert shown.time_left(4, 4.0) == {"epoch_left": "0:00:24", "run_left": "0:01:44"}
+    assert shown.time_left(10, 4.0) == {"epoch_left": "0:00:00", "run_left": "0:01:20"}
+    assert shown.time_left(31, 4.0)["run_left"] == "0:00:00"  # --epochs was lowered
+
+
+@pytest.mark.parametrize(
+    "opt, lr, batch, is_from_detector, expected",
+    [
+        ("sgd", 0.01, 16, False, None),
+        ("sgd", 0.01, 2, False, "would be 0.00125"),
+        ("sgd", 0.01, 2, True, "would be 0.00125"),
+        ("sgd", 0.00125, 2, False, None),
+        ("sgd", 0.01, 128, False, "would be 0.08"),
+        ("sgd_nesterov", 0.04, 64, False, None),
+        ("sgd", 0.001, 16, True, None),
+        ("sgd", 0.001, 16, False, "would be 0.01"),
+        ("adamw", 1e-4, 16, False, None),
+        ("adamw", 5e-4, 4, False, None),
+        ("adamw", 0.01, 16, False, "would be 0.0001"),
+    ],
+)
+def test_a_rate_that_does_not_fit_the_batch_is_said(
+    opt: str, lr: float, batch: int, is_from_detector: bool, expected: str | None
+) -> None:
+    found = progress.rate_warnings(opt, lr, batch, is_from_detector)
+    assert len(found) == (expected is not None)
+    assert expected is None or expected in found[0] and f"batch of {batch}" in found[0]
+
+
+def test_more_workers_than_cores_are_said() -> None:
+    assert progress.worker_warnings(4, 8, 32) == []
+    (warning,) = progress.worker_warnings(4, 8, 16)
+    assert "--workers 2 " in warning
+    (warning,) = progress.worker_warnings(4, 8, 4)
+    assert "--workers 1 " in warning
+
+
+def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
+    assert progress.waiting_warnings(0.2, 4) == []
+    (warning,) = progress.waiting_warnings(0.5, 4)
+    assert "50%" in warning and "--workers at least 8 " in warning
+    (warning,) = progress.waiting_warnings(0.3, 0)
+    assert "--workers as many as there are cores" in warning
