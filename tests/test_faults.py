@@ -125,7 +125,9 @@ def stop_at(stops: tuple[int, ...], runs: Runs, expected: dict[str, str]) -> Non
 
 @smoke
 def test_2_stops_at_steps_1_and_4(make_runs: MakeRuns, baseline: Baseline) -> None:
-    stop_at((1, 4), make_runs(), baseline(3))
+    runs = make_runs()
+    stop_at((1, 4), runs, baseline(3))
+    assert newest_step(runs) == 6
 
 
 @smoke
@@ -332,7 +334,9 @@ def test_9_damage_falls_back_loudly(
     damages: list[str], make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     flags = ("--accumulate-steps", "2")
-    damage_and_resume(make_runs(*flags), damages, baseline(1, *flags))
+    runs = make_runs(*flags)
+    damage_and_resume(runs, damages, baseline(1, *flags))
+    assert checkpoint.NEWEST in runs.verified()  # the damaged one was replaced
 
 
 @smoke

@@ -226,13 +226,13 @@ def test_a_second_process_is_refused_and_a_killed_one_forgotten(
 
 def test_a_closed_lock_is_free(tmp_path: Path, holder: Callable[..., Holder]) -> None:
     lock_folder(tmp_path).close()
-    holder(tmp_path)
+    assert holder(tmp_path)
 
 
 def test_locks_of_two_folders_do_not_meet(tmp_path: Path, holder: Callable[..., Holder]) -> None:
     holder(tmp_path)
     (tmp_path / "other").mkdir()
-    lock_folder(tmp_path / "other").close()
+    assert not lock_folder(tmp_path / "other").closed
 
 
 def test_the_lock_of_a_killed_run_is_free_while_its_workers_still_end(
