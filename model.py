@@ -35,6 +35,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import retinanet
+from folding import fold_frozen_batch_norm
 
 logger = logging.getLogger("retinanet")
 
@@ -283,6 +284,7 @@ def build_model(
     for module in model.modules():
         if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
             module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
+    fold_frozen_batch_norm(model)
     if load and weights:
         new = load_weights(model, read_weights(weights, "--weights"), label_map)
         if new and not allow_new_classes:

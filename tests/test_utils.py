@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "shapes": set(),
     "coco_eval": {"utils"},
     "retinanet": set(),
-    "model": {"retinanet"},
+    "folding": set(),
+    "model": {"retinanet", "folding"},
     "engine": {"utils", "coco_eval"},
     "progress": {"utils"},
     "run": {"checkpoint", "coco_eval", "coco_json", "coco_utils", "engine", "model"}
