@@ -79,6 +79,7 @@ def coco_paths(layout: str, root: Path) -> dict[str, Path]:
         return folders | {f"{split}_annotations": place / f"{split}.json" for split in SPLITS}
 
     def build(place: Path) -> None:
+        """Convert all splits, with one numbering of the classes."""
         convert = _convert_voc if layout == "voc" else _convert_yolo
         datasets = {split: convert(splits[split], names) for split in SPLITS}
         found = {category["name"] for d in datasets.values() for category in d["categories"]}

@@ -281,10 +281,7 @@ def build_model(
         detections_per_img=detections_per_image,
         topk_candidates=topk_candidates,
     )
-    for module in model.modules():
-        if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
-            module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
-    fold_frozen_batch_norm(model)
+    _mend_and_speed_up(model)
     if load and weights:
         new = load_weights(model, read_weights(weights, "--weights"), label_map)
         if new and not allow_new_classes:
@@ -293,6 +290,13 @@ def build_model(
                 "nothing to test; train on them first, or give data with the weights' classes"
             )
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
+
+
+def _mend_and_speed_up(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
+            module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
+    fold_frozen_batch_norm(model)
 
 
 def _set_post_processing(stage: nn.Module, name: str, **values: float | None) -> None:
