@@ -13,7 +13,8 @@ demo: .venv/installed
 	bash recipes/shapes.sh
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest -m "not slow and (not faults or smoke)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
+		-m "not slow and (not faults or smoke)"
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -25,6 +25,7 @@ import checkpoint
 import coco_utils
 import engine
 import presets
+import progress
 import train as train_script
 import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
@@ -88,7 +89,7 @@ def test_every_flag_is_read_somewhere() -> None:
     read = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
     groups = [value for name, value in vars(train_script).items() if name.endswith("_FLAGS")]
     read |= {name for group in groups for name in group}
-    read |= set(re.findall(r'settings\["(\w+)"\]', source))
+    read |= set(re.findall(r'settings\["(\w+)"\]', (ROOT / "run.py").read_text()))
     flags = set(vars(train_script.parse_args([])))
     assert flags <= read, flags - read
 
@@ -274,7 +275,7 @@ def test_metrics_are_the_numbers_that_were_printed(finished_run: tuple[Path, str
         -16 // json.loads((folder / "args.json").read_text())["global_batch"]
     )
     for record in records:
-        line = "  ".join(f"{key} {train_script._short(value)}" for key, value in record.items())
+        line = "  ".join(f"{key} {progress.short(value)}" for key, value in record.items())
         assert line in printed
     evaluated = [record for record in records if "AP" in record]
     assert [record["epoch"] for record in evaluated] == [0, 1]
