@@ -116,9 +116,13 @@ def test_a_run_is_drawn_from_its_newest_evaluation(
     assert "by class, best first:" in printed and "AP50 lost to errors (TIDE):" in printed
     done = run_script("-m", "tools.report", folder)
     assert "epoch_0, drawn into" in done.stdout
-    assert {path.name for path in folder.iterdir()} >= PICTURES
-    for name in PICTURES:
-        assert name in done.stdout
+    assert {path.name for path in folder.iterdir()} >= {*PICTURES, "curves.png", "report.html"}
+    page = (folder / "report.html").read_text()
+    for name in (*PICTURES, "curves.png"):
+        assert name in done.stdout and f"<figcaption>{name}" in page
+    assert f"{results['AP']:.3f}" in page and "circle" in page
+    versions = json.loads((folder / "args.json").read_text())["versions"]
+    assert versions["torch"] in page and "clip_grad_norm" in page
 
 
 def test_the_newest_evaluation_is_the_highest_epoch(tmp_path: Path) -> None:
@@ -131,12 +135,14 @@ def test_the_newest_evaluation_is_the_highest_epoch(tmp_path: Path) -> None:
     assert report.newest_evaluation(tmp_path).name == "epoch_10"
 
 
-def test_no_evaluation_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_a_run_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as caught:
         report.main()
-    message = f"{tmp_path} has no evaluation yet; train.py makes one every --eval-every epochs"
-    assert caught.value.code == f"error: {message}"
+    message = "holds neither a run nor an evaluation; give the --output-dir of train.py"
+    assert caught.value.code == f"error: {tmp_path} {message}"
 
 
 def test_pictures_are_of_the_data_that_was_evaluated(

@@ -1,7 +1,11 @@
 """Draw what a run left: `python -m tools.report runs/NAME`.
 
-Reads the newest evaluation of the run, or the folder of one evaluation, and the validation images;
-writes pictures into the folder that was named. The run may be over or still going on.
+Reads the records of the run, its newest evaluation and the validation images; writes pictures and
+`report.html`, which has them all, into the folder that was named. The run may be over or still
+going on. The folder may also be that of one evaluation; and of several runs it lays the curves over
+each other:
+
+    python -m tools.report runs/a runs/b --output comparison
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torchvision.io import write_jpeg
 import coco_json
 import coco_utils
 from coco_eval import CocoEvaluator
-from tools import drawing, eval_plots
+from tools import drawing, eval_plots, html_report, run_plots
 
 MISSED = -1  # stands for the label of a box that was not found
 
@@ -29,14 +33,14 @@ def newest_evaluation(run: Path) -> Path:
     """Return the folder of the last finished evaluation of a run, or `run` if it is one itself.
 
     Raises:
-        ValueError: if there is none yet.
+        ValueError: if there is none.
     """
     if (run / "analysis.json").is_file():
         return run
     places = [path.parent for path in run.glob("eval/epoch_*/results.json")]
     if not places:
         raise ValueError(
-            f"{run} has no evaluation yet; train.py makes one every --eval-every epochs"
+            f"{run} holds neither a run nor an evaluation; give the --output-dir of train.py"
         )
     return max(places, key=lambda place: int(place.name.removeprefix("epoch_")))
 
@@ -150,17 +154,56 @@ class Pictures:
 
 
 def draw(folder: Path) -> list[str]:
-    """Draw everything that the newest evaluation in `folder` gives; say what was drawn.
+    """Draw everything that a run, or one evaluation, gives; say what was drawn.
 
     Raises:
-        ValueError: if there is no evaluation, or its annotations changed.
+        ValueError: if there is neither, or the annotations of the evaluation changed.
     """
-    place = newest_evaluation(folder)
+    if not (folder / "args.json").is_file():
+        return draw_evaluation(newest_evaluation(folder), folder)[0]
+    run = run_plots.read_run(folder)
+    curves, page = folder / "curves.png", folder / "report.html"
+    run_plots.draw_run_curves([run]).savefig(curves)
+    pictures, analysis = {curves: "losses, learning rate, AP and speed over steps"}, None
+    lines = [f"{folder}:", f"  {curves.name:22}{pictures[curves]}"]
+    if run.evaluations:
+        place = newest_evaluation(folder)
+        more, drawn = draw_evaluation(place, folder)
+        lines += more
+        pictures |= drawn
+        analysis = json.loads((place / "analysis.json").read_text())
+    else:
+        lines.append("  no evaluation yet; train.py makes one every --eval-every epochs")
+    html_report.write_report(page, [run], pictures, analysis)
+    return [*lines, f"all of it in one file: {page}"]
+
+
+def compare(folders: Sequence[Path], output: Path) -> list[str]:
+    """Lay the curves of several runs over each other in the folder `output`; say what was drawn.
+
+    Raises:
+        ValueError: if one of them holds no run.
+    """
+    runs = [run_plots.read_run(folder) for folder in folders]
+    output.mkdir(parents=True, exist_ok=True)
+    curves, page = output / "curves.png", output / "report.html"
+    run_plots.draw_run_curves(runs).savefig(curves)
+    text = f"{len(runs)} runs: losses, learning rate, AP and speed over steps"
+    html_report.write_report(page, runs, {curves: text})
+    return [f"{output}:", f"  {curves.name:22}{text}", f"all of it in one file: {page}"]
+
+
+def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, str]]:
+    """Draw the evaluation in `place` into `folder`; return what to say, and each file's caption.
+
+    Raises:
+        ValueError: if its annotations changed.
+    """
     analysis = json.loads((place / "analysis.json").read_text())
     curves = np.load(place / "curves.npz")
     about, confidence = analysis["data"], analysis["confidence"]
     label_map = about["categories"]
-    lines = [f"{place}, drawn into {folder}:"]
+    lines, captions = [f"{place}, drawn into {folder}:"], {}
     figures: dict[str, tuple[Any, str]] = {
         "errors.png": (eval_plots.draw_errors(analysis["errors"]), "what AP50 is lost to"),
     }
@@ -182,9 +225,10 @@ def draw(folder: Path) -> list[str]:
         }
     for name, (figure, what) in figures.items():
         figure.savefig(folder / name)
+        captions[folder / name] = what
         lines.append(f"  {name:22}{what}")
     if "images" not in about:
-        return [*lines, "  no images: the evaluation does not know where they are"]
+        return [*lines, "  no images: the evaluation does not know where they are"], captions
 
     annotations, _ = coco_utils.read_annotations(Path(about["annotations"]))
     if not np.array_equal(np.sort(annotations.image_ids), curves["image_ids"]):
@@ -204,16 +248,21 @@ def draw(folder: Path) -> list[str]:
             lines.append(f"  {name:22}not drawn: nothing is missed or wrong")
             continue
         write_jpeg(picture, str(folder / name), quality=90)
-        lines.append(f"  {name:22}{what}, from confidence {confidence:.2f}")
-    return lines
+        captions[folder / name] = f"{what}, from confidence {confidence:.2f}"
+        lines.append(f"  {name:22}{captions[folder / name]}")
+    return lines, captions
 
 
 def main() -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, help="the --output-dir of a run, or eval/epoch_N in it")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="+", help="the --output-dir of each run, or eval/epoch_N in it")
+    add("--output", type=Path, default=Path("report"), help="folder for several runs' comparison")
+    flags = parser.parse_args()
     try:
-        print("\n".join(draw(parser.parse_args().run)))
+        several = len(flags.runs) > 1
+        print("\n".join(compare(flags.runs, flags.output) if several else draw(flags.runs[0])))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
