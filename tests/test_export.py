@@ -1,0 +1,84 @@
+"""What is exported finds what PyTorch finds: pytest tests/test_export.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_predict import LABEL_MAP, trained
+from torch import Tensor
+
+from model import load_detector
+from tools import export
+
+onnx = pytest.importorskip("onnx")
+assert trained  # a fixture
+
+
+@pytest.fixture(scope="module")
+def exported(
+    trained: Path,  # noqa: F811
+    tiny_shapes: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str]:
+    path = tmp_path_factory.mktemp("export") / "detector.onnx"
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda text: lines.append(text))
+        images = str(tiny_shapes / "val2017")
+        flags = ["--checkpoint", str(trained), "--output", str(path), "--check", images]
+        export.main(flags)
+    return path, lines[0]
+
+
+def images_of_sizes(*sizes: tuple[int, int]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.rand(3, height, width) for height, width in sizes]
+
+
+def test_the_same_objects_at_any_image_size(
+    exported: tuple[Path, str],
+    trained: Path,  # noqa: F811
+) -> None:
+    path, line = exported
+    assert "find the same" in line and line.startswith(str(path))
+    model = export.OneImage(load_detector(str(trained))[0]).eval()
+    differ = export.compare(model, path, images_of_sizes((48, 64), (64, 48), (37, 90), (200, 150)))
+    assert differ["detections"] > 100
+    assert differ["pixels"] <= 0.1 and differ["scores"] <= 1e-4
+
+
+def test_the_file_names_its_classes_and_outputs(exported: tuple[Path, str]) -> None:
+    content = onnx.load(str(exported[0]))
+    (about,) = [json.loads(p.value) for p in content.metadata_props if p.key == "categories"]
+    assert about == LABEL_MAP
+    assert [output.name for output in content.graph.output] == ["boxes", "scores", "labels"]
+    sides = content.graph.input[0].type.tensor_type.shape.dim
+    assert [side.dim_param or side.dim_value for side in sides] == [3, "height", "width"]
+
+
+def test_another_model_does_not_pass_the_check(
+    exported: tuple[Path, str],
+    trained: Path,  # noqa: F811
+) -> None:
+    detector, _ = load_detector(str(trained))
+    with torch.no_grad():
+        detector.head.classification_head.cls_logits.bias += 0.01  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="scores by 0.00"):
+        export.compare(export.OneImage(detector).eval(), exported[0], images_of_sizes((48, 64)))
+
+
+def test_a_check_without_objects_proves_nothing(
+    trained: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    detector, label_map = load_detector(str(trained), score_thresh=0.999)
+    model = export.OneImage(detector).eval()
+    export.to_onnx(model, images_of_sizes((48, 64))[0], label_map, tmp_path / "m.onnx")
+    with pytest.raises(ValueError, match="nothing was found"):
+        export.compare(model, tmp_path / "m.onnx", images_of_sizes((48, 64)))
+
+
+def test_without_images_to_check_on_it_says_so() -> None:
+    with pytest.raises(ValueError, match="--check"):
+        export.images_to_check([], None)

@@ -1,0 +1,190 @@
+"""Write a detector as ONNX, for images of any size, and check it against PyTorch on real images.
+
+    python -m tools.export --checkpoint runs/coco/best.pth --output detector.onnx
+    python -m tools.export --weights RetinaNet_ResNet50_FPN_Weights.COCO_V1 --check photos/
+
+The model takes one image, float32 `[3, height, width]` in 0..1, and gives `boxes` [n, 4] xyxy in
+its pixels, `scores` [n] and `labels` [n]; resizing, NMS and the score threshold are part of it. The
+file names its classes (metadata "categories", JSON). Needs the extra `export`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+import checkpoint
+import coco_utils
+import train
+from model import load_detector
+from tools import predict
+
+OPSET = 17
+OUTPUTS = ("boxes", "scores", "labels")
+MOST_PIXELS, MOST_SCORE = 0.1, 1e-4  # that ONNX Runtime may differ by
+CHECKED = 4  # images, unless others are given
+
+
+class OneImage(nn.Module):
+    """A detector of one image: `[3, H, W]` in 0..1 → boxes, scores, labels."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+        # torchvision's own transform, which it made fit to be traced for any image size.
+        own: Any = detector.transform
+        detector.transform = GeneralizedRCNNTransform(
+            *(own.min_size, own.max_size, own.image_mean, own.image_std),
+            size_divisible=own.size_divisible,
+            fixed_size=own.fixed_size,
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return boxes [n, 4] xyxy, scores [n] and labels [n], best first."""
+        (found,) = self.detector([image])
+        return tuple(found[name] for name in OUTPUTS)
+
+
+def to_onnx(
+    model: OneImage, image: Tensor, label_map: Sequence[Mapping[str, Any]], path: Path
+) -> None:
+    """Write `model` to `path`, traced on `image` `[3, H, W]`, on which it should find something."""
+    import onnx
+
+    names = {1: "height", 2: "width"}
+    with warnings.catch_warnings():
+        # The newer exporter is built on torch.export, which stops where a detector's shapes depend
+        # on what it finds (docs/see_it.md); the older one calls itself old, and traces.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(),
+            (image,),
+            str(path),
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_axes={"image": names, **{name: {0: "detections"} for name in OUTPUTS}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    content = onnx.load(str(path))
+    onnx.helper.set_model_props(content, {"categories": json.dumps(list(label_map))})
+    onnx.save(content, str(path))
+
+
+@torch.inference_mode()
+def compare(model: OneImage, path: Path, images: Sequence[Tensor]) -> dict[str, float]:
+    """Run the file at `path` in ONNX Runtime and `model` on `images`; return how they differ.
+
+    Returns:
+        The number of "detections", and the largest difference of "pixels" and "scores".
+
+    Raises:
+        ValueError: if one finds what the other does not, they differ by more than `MOST_PIXELS` or
+            `MOST_SCORE`, or nothing is found, which would prove nothing.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    count, pixels, most = 0, 0.0, 0.0
+    for number, image in enumerate(images):
+        expected = [value.numpy() for value in model(image)]
+        boxes, scores, labels = session.run(None, {"image": image.numpy()})
+        if len(boxes) != len(expected[0]):
+            raise ValueError(
+                f"image {number + 1}: ONNX Runtime finds {len(boxes)} objects, PyTorch "
+                f"{len(expected[0])}"
+            )
+        # In pairs: equal scores may come in another order.
+        apart = np.abs(boxes[:, None] - expected[0][None]).max(axis=2, initial=0)
+        apart[labels[:, None] != expected[2][None]] = np.inf
+        mate = apart.argmin(axis=1) if len(boxes) else np.empty(0, int)
+        if len(set(mate.tolist())) < len(mate):
+            raise ValueError(f"image {number + 1}: ONNX Runtime finds other objects than PyTorch")
+        count += len(boxes)
+        pixels = max(pixels, float(apart.min(axis=1, initial=np.inf).max(initial=0)))
+        most = max(most, float(np.abs(scores - expected[1][mate]).max(initial=0)))
+    if pixels > MOST_PIXELS or most > MOST_SCORE:
+        raise ValueError(
+            f"boxes differ by up to {pixels:.3g} pixels and scores by {most:.3g}; at most "
+            f"{MOST_PIXELS} and {MOST_SCORE} are allowed"
+        )
+    if count == 0:
+        raise ValueError("nothing was found on these images: give others by --check")
+    return {"detections": count, "pixels": pixels, "scores": most}
+
+
+def images_to_check(given: Sequence[str], source: str | None) -> list[Path]:
+    """Return the images that were given, else some of the validation images of a checkpoint.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not given and source:
+        settings = checkpoint.load(Path(source)).get("args", {})
+        typed = {
+            name: Path(settings[name]) if settings.get(name) else None
+            for name in ("data_path", "val_images")
+        }
+        overrides = {"val_images": typed["val_images"]}
+        paths = train.data_paths(settings.get("dataset", "coco"), typed["data_path"], overrides)
+        if paths["val_images"].is_dir():
+            return predict.find_images([str(paths["val_images"])])[:CHECKED]
+    if not given:
+        raise ValueError("say on which images to check: --check FILES or a folder")
+    return predict.find_images(given)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Declare the flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="of a run of train.py, such as runs/coco/best.pth")
+    source.add_argument("--weights", help="of torchvision, by name")
+    add = parser.add_argument
+    add("--format", choices=("onnx",), default="onnx", help="of the file")
+    add("--output", type=Path, default=Path("detector.onnx"), help="file to write")
+    add("--check", nargs="+", default=[], help="images; some of the run's validation images")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export, check, and say how far apart the two are."""
+    flags = build_parser().parse_args(argv)
+    paths = images_to_check(flags.check, flags.checkpoint)
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error.name} is missing: pip install -e '.[export]'") from None
+    detector, label_map = load_detector(flags.checkpoint or flags.weights)
+    model = OneImage(detector).eval()
+    images = [
+        coco_utils.read_image(path, path.parent, predict.shown_size(path)) / 255 for path in paths
+    ]
+    with torch.inference_mode():
+        found = [len(model(image)[0]) for image in images]
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    to_onnx(model, images[int(np.argmax(found))], label_map, flags.output)
+    differ = compare(model, flags.output, images)
+    print(
+        f"{flags.output}: on {len(images)} images PyTorch and ONNX Runtime find the same "
+        f"{differ['detections']} objects; boxes differ by {differ['pixels']:.2g} pixels at most, "
+        f"scores by {differ['scores']:.2g}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")
