@@ -81,12 +81,14 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
         self.window, self.best = dict(state["window"]), state["best"]
-        self.scheduler.last_epoch = self.step
+        self.scheduler.load_state_dict(state["lr_scheduler"])
+        self.scheduler.base_lrs, self.scheduler.last_epoch = rates, self.step
         for group, rate, factor in zip(
             self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True
         ):
             group["initial_lr"] = rate
             group["lr"] = rate * factor(self.step)
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def model_to_evaluate(self) -> nn.Module:

@@ -306,7 +306,6 @@ class Run:
             except OSError as error:
                 raise OSError(f"cannot write {path}: {error}") from None
 
-        self.processes.barrier()
         self.processes.on_main(write)
 
     def _keep(self, name: str, anew: bool = True) -> None:

@@ -72,9 +72,13 @@ class Processes:
     def on_main(self, action: Callable[[], T]) -> T:
         """Return on every process what `action` returns on rank 0.
 
+        All processes come here at about the same time; the action may take long.
+
         Raises:
+            PeerError: names those that did not come.
             ValueError, OSError: on every process, with its text, if `action` raises one.
         """
+        self.barrier()
         result, problem = None, None
         if self.is_main:
             try:
@@ -143,7 +147,14 @@ def processes(device: str) -> Iterator[Processes]:
         return
     backend = "nccl" if place.type == "cuda" else "gloo"
     device_id = place if place.type == "cuda" else None
-    dist.init_process_group(backend, timeout=STEP_TIMEOUT, device_id=device_id)
+    dist.init_process_group(
+        backend,
+        store=_store_of_this_attempt(),
+        rank=rank,
+        world_size=world_size,
+        timeout=STEP_TIMEOUT,
+        device_id=device_id,
+    )
     group = None
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
@@ -156,6 +167,18 @@ def processes(device: str) -> Iterator[Processes]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """Return where processes find each other, apart from what they wrote there before a restart.
+
+    torchrun keeps one store over all restarts on a machine; without a prefix of its own a restarted
+    process may read the address of one that is gone ("connectFullMesh … Connection refused").
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # each machine counts its own restarts
+        return store
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def launch_rank() -> int:

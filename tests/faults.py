@@ -260,6 +260,7 @@ class Runs:
         *flags: str,
         ranks: int = 1,
         restarts: int = 0,
+        standalone: bool = False,
         faults: Sequence[Fault] = (),
         resume: str | None = "auto",
         patience: dict[str, float] | None = None,
@@ -273,7 +274,8 @@ class Runs:
         script = str(Path(__file__).resolve())
         command = [sys.executable]
         if ranks > 1 or restarts:
-            launch = ("--nnodes=1", f"--master-port={free_port()}", f"--max-restarts={restarts}")
+            port = ("--nnodes=1", f"--master-port={free_port()}")
+            launch = (*(("--standalone",) if standalone else port), f"--max-restarts={restarts}")
             command += ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}"]
         command += [script, *self.flags, "--output-dir", str(self.folder), *flags]
         if resume is not None:

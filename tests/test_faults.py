@@ -242,8 +242,9 @@ def test_6_signals_thrice_other_signals_and_to_one_rank(
 # --- 7, 8: kills ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("launch", ["port", "standalone"])
 def test_7_torchrun_restarts_killed_ranks_by_itself(
-    make_runs: MakeRuns, baseline: Baseline
+    launch: str, make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     runs = make_runs("--checkpoint-every", "1")
     draw = random.Random(7)
@@ -251,7 +252,7 @@ def test_7_torchrun_restarts_killed_ranks_by_itself(
         {"at": f"step:{step}", "rank": draw.randrange(3), "do": "SIGKILL", "attempt": attempt}
         for attempt, step in enumerate((2, 5))
     ]
-    launched = runs.run(ranks=3, restarts=2, faults=faults)
+    launched = runs.run(ranks=3, restarts=2, faults=faults, standalone=launch == "standalone")
     assert launched.output().count(" from step ") == 3
     assert_same(runs.gate(), baseline(3))
     assert_nothing_is_left(runs)
