@@ -81,8 +81,8 @@ class TrainState:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
         self.window, self.best = dict(state["window"]), state["best"]
-        self.scheduler.load_state_dict(state["lr_scheduler"])
-        self.scheduler.base_lrs, self.scheduler.last_epoch = rates, self.step
+        # The schedule is a function of the step: this is where it would be had it never stopped.
+        self.scheduler.last_epoch, self.scheduler._step_count = self.step, self.step + 1
         for group, rate, factor in zip(
             self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True
         ):
