@@ -7,6 +7,7 @@ overwrite the one file in place, and `torch.load` does not notice flipped bits.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -108,6 +109,8 @@ def newest(folder: Path) -> Path | None:
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU, verified if it has a sidecar; only tensors and plain types.
 
+    One of torchvision's scripts is read as well; the `argparse.Namespace` in it becomes a dict.
+
     Raises:
         ValueError: names the file and the fix, if it is missing, damaged or of another kind.
     """
@@ -118,7 +121,9 @@ def load(path: Path) -> dict[str, Any]:
             f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # A Namespace takes attributes and runs nothing, so that it is as plain as a dict.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any bytes can be in the file, and raise anything
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
@@ -126,7 +131,43 @@ def load(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
+    if isinstance(content.get("args"), argparse.Namespace):
+        content["args"] = vars(content["args"])
     return content
+
+
+def as_own(
+    saved: dict[str, Any], now: Mapping[str, Any], steps_per_epoch: int, source: Path
+) -> dict[str, Any]:
+    """Return a checkpoint of torchvision's detection scripts as one of train.py, which stay as is.
+
+    Weights, optimizer, epoch and gradient scale are taken over; the order of images is that of
+    train.py, and the schedule goes on at the epoch. `now` describes this run; what torchvision's
+    scripts do not remember, such as a seed, is taken from it.
+
+    Raises:
+        ValueError: if it cannot be continued, with what it lacks.
+    """
+    if "step" in saved:
+        return saved
+    missing = [name for name in ("model", "optimizer", "epoch", "args") if name not in saved]
+    if missing:
+        raise ValueError(
+            f"--resume {source}: no checkpoint of a run, it lacks {', '.join(missing)}; to begin "
+            "from its weights give it as --weights"
+        )
+    theirs = saved["args"] | {"amp": "fp16" if saved["args"].get("amp") else None}
+    # They put normalisation first, train.py last; and do not know of fused steps.
+    groups = [group | {"fused": True} for group in reversed(saved["optimizer"]["param_groups"])]
+    epoch = saved["epoch"] + 1
+    logger.info("%s is of torchvision's scripts: going on at epoch %d", source, epoch)
+    return {
+        **{"model": saved["model"], "ema": None, "scaler": saved.get("scaler", {})},
+        "optimizer": saved["optimizer"] | {"param_groups": groups},
+        **{"epoch": epoch, "step": epoch * steps_per_epoch, "position": 0},
+        **{"window": {}, "best": None},
+        "args": {name: theirs.get(name, value) for name, value in now.items()},
+    }
 
 
 def check_same_run(

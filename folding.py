@@ -52,4 +52,4 @@ def fold_frozen_batch_norm(model: nn.Module) -> None:
             # By exact class: others may do more than convolve and normalise.
             if type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d and conv.bias is None:
                 conv.__class__, norm.__class__ = FoldedConv2d, FoldedFrozenBatchNorm2d
-                conv.norm = (norm,)
+                vars(conv)["norm"] = (norm,)

@@ -8,6 +8,7 @@ builders' own loading does not ensure.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import inspect
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision import models
 from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
@@ -44,6 +46,8 @@ ZERO_EPS = (
     detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1,
     detection.FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
 )
+# One per level of the pyramid, and height / width: section 4 of the paper, as torchvision has it.
+ANCHOR_SIZES, ANCHOR_RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 # The parameters whose rows belong to classes: of RetinaNet, FCOS and SSD, then of Faster R-CNN.
 CLASS_ROWS = re.compile(
     r"^head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?)\.(weight|bias)$"
@@ -53,6 +57,7 @@ CLASS_ROWS = re.compile(
 INFERENCE = (
     *("weights", "weights_backbone", "min_size", "max_size"),
     *("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates"),
+    *("anchor_sizes", "anchor_ratios"),
 )
 
 
@@ -130,13 +135,16 @@ class BatchTransform(GeneralizedRCNNTransform):
             padded[:, : image.shape[1], : image.shape[2]].copy_(image)
         return batch
 
+    def resized_sizes(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the size (H, W) of each image after inference resized it, `[I, 2]`."""
+        if self.fixed_size is not None:
+            return np.broadcast_to(np.array(self.fixed_size[::-1]), sizes.shape)
+        scale = _scale(sizes[:, 0], sizes[:, 1], self.min_size[-1], self.max_size)
+        return np.floor(sizes * np.asarray(scale)[:, None])
+
     def padded_sizes(self, sizes: np.ndarray) -> np.ndarray:
         """Return the size (H, W) of each image after inference resized and padded it, `[I, 2]`."""
-        if self.fixed_size is not None:
-            resized = np.broadcast_to(np.array(self.fixed_size[::-1]), sizes.shape)
-        else:
-            scale = _scale(sizes[:, 0], sizes[:, 1], self.min_size[-1], self.max_size)
-            resized = np.floor(sizes * np.asarray(scale)[:, None])
+        resized = self.resized_sizes(sizes)
         return (np.ceil(resized / self.size_divisible) * self.size_divisible).astype(np.int64)
 
 
@@ -215,6 +223,8 @@ def build_model(
     min_size: int | None = None,
     max_size: int | None = None,
     assigner: str = "torchvision",
+    anchor_sizes: Sequence[int] | None = None,
+    anchor_ratios: Sequence[float] | None = None,
     score_thresh: float | None = None,
     nms_thresh: float | None = None,
     detections_per_image: int | None = None,
@@ -234,7 +244,8 @@ def build_model(
             layers and, but for v2 and SSD, batch normalisation; without, all is trained.
         trainable_backbone_layers: counted from the last; None is torchvision's choice.
         min_size, max_size: of the resized image, pixels; None is torchvision's choice.
-        assigner: of `retinanet.ASSIGNERS`, for RetinaNet alone.
+        assigner: of `retinanet.ASSIGNERS`, for RetinaNet alone, as are the next two.
+        anchor_sizes, anchor_ratios: as `make_anchor_generator` takes them.
         score_thresh, nms_thresh, detections_per_image, topk_candidates: what is detected: above
             which score, up to which IoU, how many in all, and from how many per level (SSD: per
             class) before NMS; None is torchvision's choice.
@@ -250,9 +261,8 @@ def build_model(
     sizes = {key: value for key, value in given.items() if value is not None}
     if sizes and name.startswith("ssd"):
         raise ValueError(f"--min-size and --max-size: {name} has one fixed size; leave them out")
-    if assigner != "torchvision" and not name.startswith("retinanet"):
-        raise ValueError(f"--assigner {assigner} is for RetinaNet, not for {name}")
-
+    if not name.startswith("retinanet"):
+        _refuse_for_others(name, assigner, anchor_sizes, anchor_ratios)
     backbone = None
     if load and weights_backbone:
         backbone = read_weights(weights_backbone, "--weights-backbone")
@@ -271,7 +281,8 @@ def build_model(
             resnet, num_classes, is_trained, backbone, trainable_backbone_layers, sizes
         )
     if isinstance(model, detection.RetinaNet):
-        model = _with_own_training_path(model, num_classes, assigner)
+        anchors = make_anchor_generator(anchor_sizes, anchor_ratios)
+        model = _with_own_training_path(model, num_classes, assigner, anchors)
     model.transform = BatchTransform(model.transform, resize_in_training)
     _set_post_processing(
         getattr(model, "roi_heads", model),
@@ -283,12 +294,11 @@ def build_model(
     )
     _mend_and_speed_up(model)
     if load and weights:
-        new = load_weights(model, read_weights(weights, "--weights"), label_map)
+        found = read_weights(weights, "--weights")
+        _warn_of_other_anchors(found, anchor_sizes, anchor_ratios)
+        new = load_weights(model, found, label_map)
         if new and not allow_new_classes:
-            raise ValueError(
-                f"--weights {weights} do not know the classes {', '.join(new[:10])}, so there is "
-                "nothing to test; train on them first, or give data with the weights' classes"
-            )
+            _refuse_new_classes(weights, new)
     return nn.SyncBatchNorm.convert_sync_batchnorm(model) if sync_bn else model
 
 
@@ -297,6 +307,67 @@ def _mend_and_speed_up(model: nn.Module) -> None:
         if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
             module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
     fold_frozen_batch_norm(model)
+
+
+def _refuse_for_others(
+    name: str,
+    assigner: str,
+    anchor_sizes: Sequence[int] | None,
+    anchor_ratios: Sequence[float] | None,
+) -> None:
+    if assigner != "torchvision":
+        raise ValueError(f"--assigner {assigner} is for RetinaNet, not for {name}")
+    for flag, values in (("sizes", anchor_sizes), ("ratios", anchor_ratios)):
+        if values is not None:
+            given = " ".join(map(str, values))
+            raise ValueError(f"--anchor-{flag} {given}: only RetinaNet takes it, {name} does not")
+
+
+def _refuse_new_classes(weights: str, new: list[str]) -> None:
+    raise ValueError(
+        f"--weights {weights} do not know the classes {', '.join(new[:10])}, so there is "
+        "nothing to test; train on them first, or give data with the weights' classes"
+    )
+
+
+def _warn_of_other_anchors(weights: Weights, *now: Sequence[float] | None) -> None:
+    """Say so if a run of this project trained `weights` with other anchors than sizes, ratios."""
+    for flag, values in zip(("anchor_sizes", "anchor_ratios"), now, strict=True):
+        before = (weights.settings or {}).get(flag)
+        if weights.settings and before != (None if values is None else list(values)):
+            logger.warning(
+                "warning: %s was trained with --%s %s, not %s; boxes begin at another size",
+                *(weights.source, flag.replace("_", "-")),
+                *(("default" if v is None else " ".join(map(str, v))) for v in (before, values)),
+            )
+
+
+def make_anchor_generator(
+    sizes: Sequence[int] | None = None, ratios: Sequence[float] | None = None
+) -> AnchorGenerator:
+    """Return RetinaNet's anchors: of three sizes within an octave per level, each in all ratios.
+
+    Args:
+        sizes: the smallest of each level P3 to P7, the side of a square in pixels.
+        ratios: height / width. None is, for both, torchvision's choice, which is the paper's.
+
+    Raises:
+        ValueError: if the numbers or their number cannot be.
+    """
+    sizes = ANCHOR_SIZES if sizes is None else sizes
+    ratios = ANCHOR_RATIOS if ratios is None else ratios
+    if len(sizes) != len(ANCHOR_SIZES) or min(sizes) <= 0:
+        raise ValueError(
+            f"--anchor-sizes {' '.join(map(str, sizes))}: give five positive numbers, one for each "
+            "of the levels P3 to P7, such as 32 64 128 256 512"
+        )
+    if not ratios or min(ratios) <= 0:
+        raise ValueError(
+            f"--anchor-ratios {' '.join(map(str, ratios))}: give positive numbers, height / width, "
+            "such as 0.5 1 2"
+        )
+    octaves = tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in sizes)
+    return AnchorGenerator(octaves, (tuple(ratios),) * len(octaves))
 
 
 def _set_post_processing(stage: nn.Module, name: str, **values: float | None) -> None:
@@ -484,6 +555,13 @@ def _backbone_state(weights: Weights | None, architecture: str) -> dict[str, Ten
             f"--weights-backbone {weights.source} is not a {architecture}: {len(wrong)} of its "
             f"tensors are missing or of another shape, such as {wrong[0]}"
         )
+    skipped = [key for key in given if key not in template or optional.match(key)]
+    of_parts = ", ".join(sorted({".".join(key.split(".")[:2]) for key in skipped}))
+    logger.info(
+        "weights-backbone %s: %d tensors loaded, %d skipped that belong to no backbone%s",
+        *(weights.source, len(given) - len(skipped), len(skipped)),
+        f": {of_parts}" if skipped else "",
+    )
     return {
         key: given[key] if key in given and given[key].shape == value.shape else value
         for key, value in template.items()
@@ -491,18 +569,33 @@ def _backbone_state(weights: Weights | None, architecture: str) -> dict[str, Ten
 
 
 def _with_own_training_path(
-    base: detection.RetinaNet, num_classes: int, assigner: str
+    base: detection.RetinaNet, num_classes: int, assigner: str, anchors: AnchorGenerator
 ) -> retinanet.RetinaNet:
+    _fit_head(base.head, anchors.num_anchors_per_location()[0], num_classes)
     model = retinanet.RetinaNet(
         base.backbone,
         num_classes,
-        anchor_generator=base.anchor_generator,
+        anchor_generator=anchors,
         head=base.head,
         proposal_matcher=base.proposal_matcher,
         assigner=assigner,
     )
     model.transform = base.transform
     return model
+
+
+def _fit_head(head: detection.retinanet.RetinaNetHead, num_anchors: int, num_classes: int) -> None:
+    """Give the last layers of the head room for other anchors, initialised as they were."""
+    scores, boxes = head.classification_head.cls_logits, head.regression_head.bbox_reg
+    if len(boxes.weight) == 4 * num_anchors:
+        return
+    outputs = {scores: num_anchors * num_classes, boxes: num_anchors * 4}
+    for layer, channels in outputs.items():
+        layer.out_channels = channels
+        layer.weight = nn.Parameter(layer.weight.new_empty(channels, *layer.weight.shape[1:]))
+        nn.init.normal_(layer.weight, std=0.01)
+        layer.bias = nn.Parameter(layer.bias.detach()[:1].repeat(channels))  # all are the same
+    head.classification_head.num_anchors = num_anchors
 
 
 def read_weights(source: str, flag: str) -> Weights:
@@ -517,7 +610,9 @@ def read_weights(source: str, flag: str) -> Weights:
     path = Path(source)
     if path.is_file():
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # One of torchvision's scripts has its flags in a Namespace, which runs nothing.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # any bytes can be in the file, and raise anything
             reason = str(error).split("\n")[0][:200]
             raise ValueError(
@@ -526,10 +621,14 @@ def read_weights(source: str, flag: str) -> Weights:
         if not isinstance(content, dict):
             raise ValueError(f"{flag} {source}: holds a {type(content).__name__}, not weights")
         state = content.get("ema") or content.get("model") or content
+        if content.get("ema"):
+            logger.info("%s %s: of its weights the averaged ones (EMA) are taken", flag[2:], source)
         published = [w for w in _published() if Path(w.url).name == path.name]
         label_map = content.get("categories")
         weights = _named_weights(source, state, published[0] if published else None, label_map)
-        return dataclasses.replace(weights, settings=content.get("args"))
+        flags = content.get("args")
+        flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+        return dataclasses.replace(weights, settings=flags)
     try:
         weights = models.get_weight(source)
     except (AttributeError, KeyError, ValueError):
@@ -585,6 +684,7 @@ def load_weights(
         ValueError: if the weights are those of another architecture.
     """
     own, state, new = model.state_dict(), dict(weights.state), []
+    _require_same_anchors(own, state, weights.source)
     if weights.label_map is not None:
         old_labels = {"__background__": 0, **{c["name"]: c["label"] for c in weights.label_map}}
         pairs = [(0, 0)]
@@ -616,9 +716,42 @@ def load_weights(
             if isinstance(module, FrozenBatchNorm2d):
                 module.running_var -= module.eps
     logger.info("weights %s: %d tensors loaded", weights.source, len(state))
-    if new:
-        logger.info("  class scores start anew for %s; all others go by name", ", ".join(new[:20]))
+    _log_classes(weights.label_map, label_map)
     return new
+
+
+def _require_same_anchors(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str
+) -> None:
+    key, known = "head.regression_head.bbox_reg.weight", {k for k in own if k.startswith("head.")}
+    if key not in own or known != {k for k in state if k.startswith("head.")}:
+        return  # another detector, which loading it says
+    if len(own[key]) != len(state[key]):
+        raise ValueError(
+            f"--weights {source} know {len(state[key]) // 4} anchors per place, and "
+            f"--anchor-ratios make {len(own[key]) // 4}; give as many ratios as they were trained "
+            "with, or train from --weights-backbone"
+        )
+
+
+def _log_classes(
+    known: Sequence[Mapping[str, Any]] | None, own: Sequence[Mapping[str, Any]]
+) -> None:
+    if known is None:
+        logger.info("  they name no classes: scores are taken over in the order of the labels")
+        return
+    # In order; torchvision's names begin with the background.
+    of_weights, of_data = (
+        {c["name"]: None for c in label_map if c["label"]} for label_map in (known, own)
+    )
+    for what, names in (
+        ("taken over by name", [name for name in of_data if name in of_weights]),
+        ("begun anew, as the weights lack the class", [n for n in of_data if n not in of_weights]),
+        ("skipped, as the data lacks the class", [n for n in of_weights if n not in of_data]),
+    ):
+        if names:
+            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            logger.info("  class scores %s: %d (%s)", what, len(names), shown)
 
 
 def _move_rows(

@@ -40,6 +40,7 @@ from model import (
     build_model,
     check_model_name,
     load_trained,
+    make_anchor_generator,
     make_ema,
     padded_sizes,
     wrap,
@@ -51,7 +52,7 @@ from utils import Processes, logger
 PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
 MODEL_FLAGS = (
     *("weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "sync_bn"),
+    *("assigner", "anchor_sizes", "anchor_ratios", "sync_bn"),
     *("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates"),
 )
 EVALUATION_FLAGS = ("eval_batch_size", "workers", "coco_eval", "save_detections", "val_loss")
@@ -70,7 +71,7 @@ REMEMBERED = (*REMEMBERED_DATA, "model", *INFERENCE)
 FIXED = (
     *("seed", "batch_size", "data_augmentation", "aspect_ratio_group_factor", "keep_empty"),
     *("model", "weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "opt", "ema_decay", "amp", "scale_lr"),
+    *("assigner", "anchor_sizes", "anchor_ratios", "opt", "ema_decay", "amp", "scale_lr"),
 )
 MAY_CHANGE = ("lr", "epochs", "lr_steps", "lr_gamma", "lr_scheduler", "warmup_steps")
 
@@ -112,6 +113,8 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add("--min-size", type=int, help="shorter side after resizing, pixels; the model's default")
     add("--max-size", type=int, help="longer side after resizing at most, pixels; likewise")
     add("--assigner", choices=retinanet.ASSIGNERS, default="torchvision", help="of RetinaNet")
+    add("--anchor-sizes", type=int, nargs="+", help="of P3 … P7, pixels; 32 64 128 256 512")
+    add("--anchor-ratios", type=float, nargs="+", help="height / width of each; 0.5 1 2")
 
 
 def _add_optimization_flags(add: Callable[..., Any]) -> None:
@@ -226,6 +229,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in ("score_thresh", "nms_thresh"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
             raise ValueError(f"{_flag(name)} {getattr(args, name)}: must be between 0 and 1")
+    make_anchor_generator(args.anchor_sizes, args.anchor_ratios)
     if args.min_size and args.max_size and args.min_size > args.max_size:
         raise ValueError(f"--min-size {args.min_size} is larger than --max-size {args.max_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -369,9 +373,9 @@ def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, An
     Raises:
         ValueError: names what would keep the number, if this does not divide.
     """
-    if not saved:
+    wanted = saved.get("args", {}).get("batches_per_step")
+    if wanted is None:  # a new run, or one of torchvision's scripts
         return accumulate_steps * world_size
-    wanted = saved["args"]["batches_per_step"]
     if wanted % world_size:
         raise ValueError(
             f"the run has {wanted} batches per optimizer step, which {world_size} processes cannot "
@@ -483,6 +487,7 @@ def main(args: argparse.Namespace) -> None:
         identity = {"data": train.fingerprint(), "batches_per_step": per_step}
         identity |= pick(FIXED + MAY_CHANGE)
         if resume:
+            saved = checkpoint.as_own(saved, identity, sampler.steps_per_epoch, resume)
             checkpoint.check_same_run(saved["args"], identity, MAY_CHANGE, resume)
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)

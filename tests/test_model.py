@@ -429,6 +429,36 @@ def test_a_detectors_file_gives_its_backbone(tmp_path: Path) -> None:
     assert frozen_norms(model)
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    caplog.clear()
+    return text
+
+
+def test_the_log_says_what_a_backbone_takes_from_a_file_and_what_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "retinanet")
+    path, body = tmp_path / "weights.pth", "backbone.body."
+    torch.save(random_state("resnet18"), path)
+    build_model(RESNET18, THREE, weights_backbone=str(path))
+    said = logged(caplog)
+    assert said == (
+        f"weights-backbone {path}: 120 tensors loaded, 2 skipped that belong to no backbone: "
+        "fc.bias, fc.weight"
+    )
+    # A run of this project: its averaged weights, without what is no backbone.
+    run, average = (build_model(RESNET18, classes(name)).state_dict() for name in ("a", "b"))
+    torch.save({"model": run, "ema": average, "args": {}, "categories": classes("a")}, path)
+    model = build_model(RESNET18, THREE, weights_backbone=str(path))
+    said = logged(caplog)
+    assert "the averaged ones (EMA) are taken" in said and "120 tensors loaded" in said
+    assert said.endswith("backbone.fpn, head.classification_head, head.regression_head")
+    for key, value in model.state_dict().items():
+        if key.startswith(body):
+            assert torch.equal(value, average[key]), key
+
+
 # --- weights of the detector, by class name -------------------------------------------------------
 
 
@@ -478,6 +508,40 @@ def test_class_scores_go_to_the_classes_of_the_same_name(name: str) -> None:
     for key in changed:
         rows = (loaded[key] == fresh[key]).reshape(len(loaded[key]), -1).all(dim=1)
         assert int(rows.sum()) == len(rows) * 2 // 6
+
+
+def test_the_log_says_which_classes_go_on_which_begin_anew_and_which_are_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "retinanet")
+    model, state = quick(RESNET18, NEW, seed=0), quick(RESNET18, OLD, seed=1).state_dict()
+    known = [{"name": "__background__", "label": 0}, *OLD]  # as torchvision lists them
+    load_weights(model, Weights("file", state, known), NEW)
+    assert logged(caplog).splitlines() == [
+        f"weights file: {len(state)} tensors loaded",
+        "  class scores taken over by name: 3 (fish, cat, dog)",
+        "  class scores begun anew, as the weights lack the class: 2 (horse, cow)",
+        "  class scores skipped, as the data lacks the class: 1 (bird)",
+    ]
+    load_weights(model, Weights("file", model.state_dict()), NEW)
+    assert "they name no classes: scores are taken over in the order" in logged(caplog)
+
+
+def test_weights_of_other_anchors_are_said_or_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, sizes = tmp_path / "best.pth", [16, 32, 64, 128, 256]
+    trained = build_model(RESNET18, THREE, anchor_sizes=sizes)
+    flags = {"anchor_sizes": sizes, "anchor_ratios": None}
+    torch.save({"model": trained.state_dict(), "categories": THREE, "args": flags}, path)
+    build_model(RESNET18, THREE, weights=str(path), anchor_sizes=tuple(sizes))
+    assert "trained with" not in logged(caplog)
+    build_model(RESNET18, THREE, weights=str(path))
+    assert "trained with --anchor-sizes 16 32 64 128 256, not default" in logged(caplog)
+    with pytest.raises(ValueError, match="know 9 anchors per place, and --anchor-ratios make 3"):
+        build_model(RESNET18, THREE, weights=str(path), anchor_ratios=[1])
+    with pytest.raises(ValueError, match="--anchor-ratios 1: only RetinaNet takes it"):
+        build_model("fcos_resnet50_fpn", THREE, anchor_ratios=[1])
 
 
 @pytest.mark.parametrize("name", [RESNET18, "fcos_resnet50_fpn"])
