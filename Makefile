@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-faults lint clean
+.PHONY: demo docs test test-slow test-faults lint clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -11,6 +11,14 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	bash recipes/shapes.sh
+
+# Numbers, code and pictures of docs/retinanet*.md; the last picture needs a trained detector.
+docs: .venv/installed
+	test -f runs/docs/best.pth || $(BIN)/python train.py --dataset shapes \
+		--model retinanet_resnet18_fpn --min-size 128 --max-size 128 --batch-size 4 --workers 0 \
+		--opt adamw --lr 5e-4 --wd 0.05 --clip-grad-norm 1 --amp bf16 --epochs 5 --lr-steps 4 \
+		--warmup-steps 60 --eval-every 5 --keep-checkpoints 1 --output-dir runs/docs --resume auto
+	$(BIN)/python -m tools.explain
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \

@@ -1,30 +1,42 @@
-"""Look at what goes into training.
+"""Look at what goes into training, and at how RetinaNet works on it.
 
     python -m tools.visualize batch --data-path /coco --data-augmentation multiscale
 
 draws batches as the model sees them: after augmentation, resizing and padding, with their boxes. It
 takes the flags of train.py, so that one puts `tools.visualize batch` where `train.py` stood.
+
+    python -m tools.visualize anchor-fit --data-path mydata
+
+prints how well RetinaNet's anchors cover the boxes, and which would do better.
+
+    python -m tools.visualize assignment street.jpg --annotations instances.json
+
+draws one step of the method on an image and its boxes, as docs/retinanet.md explains it; `anchors`,
+`coding`, `focal` and `pipeline` are the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.io import write_jpeg
 
+import coco_json
 import coco_utils
 import presets
 import train
 import utils
-from model import build_model
-from tools import drawing
+from model import build_model, load_detector
+from tools import anchor_fit, drawing, explain_pictures
 
 
 def draw_batches(
@@ -67,12 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Draw what the command line asks for."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] != ["batch"]:
-        raise ValueError("say what to draw: python -m tools.visualize batch, with train.py's flags")
-    flags = build_parser().parse_args(argv[1:])
+def draw_batch(argv: list[str]) -> None:
+    """Draw batches as the model sees them, by the flags of `build_parser`."""
+    flags = build_parser().parse_args(argv)
     train.check_flags(flags)
     values = vars(flags)
     paths = train.data_paths(
@@ -98,6 +107,83 @@ def main(argv: list[str] | None = None) -> None:
     flags.picture.parent.mkdir(parents=True, exist_ok=True)
     write_jpeg(picture, str(flags.picture), quality=90)
     print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {flags.picture}")
+
+
+STEPS = ("anchors", "assignment", "coding", "focal", "pipeline")
+
+
+def read_boxes(image: Path, annotations: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Read an image, uint8 `[3, H, W]`, its boxes `[M, 4]` xyxy and the names of their classes.
+
+    The annotations are found by the image's file name; crowds are left out, as in training.
+
+    Raises:
+        ValueError: if either file cannot be used, or the annotations do not have the image.
+    """
+    coco, _ = coco_json.read_annotations(annotations)
+    names = [coco.file_name(i) for i in range(len(coco))]
+    found = [i for i, name in enumerate(names) if Path(name).name == image.name]
+    if len(found) > 1:  # in several folders: as much of the path as the annotations have decides
+        found = [i for i in found if image.resolve().as_posix().endswith(f"/{names[i]}")]
+    if len(found) != 1:
+        how_many = "several images" if found else "no image"
+        raise ValueError(f"{annotations} has {how_many} named {image.name}: give the one it is of")
+    height, width = coco.sizes[found[0]].tolist()
+    try:
+        pixels = coco_utils.read_image(image, image.parent, (height, width))
+    except coco_utils.ImageError as error:
+        raise ValueError(f"{image} {error}") from None
+    rows = np.arange(*coco.offsets[found[0] : found[0] + 2])
+    rows = rows[~coco.iscrowd[rows]]
+    boxes = torch.from_numpy(coco_json.to_xyxy(coco.boxes_xywh[rows])).float()
+    return pixels, boxes, [coco.categories[k][1] for k in coco.category_index[rows]]
+
+
+def draw_step(step: str, argv: list[str]) -> None:
+    """Draw one of `STEPS` on an image of the user's."""
+    parser = argparse.ArgumentParser(prog=f"python -m tools.visualize {step}")
+    add = parser.add_argument
+    add("image", type=Path, help="image file")
+    add("--annotations", type=Path, required=True, help="COCO JSON that has the image")
+    add("--picture", type=Path, default=Path(f"{step}.png"), help="file to write")
+    add("--min-size", type=int, default=800, help="shorter side for the model, pixels")
+    add("--max-size", type=int, default=1333, help="longer side at most, pixels")
+    if step == "pipeline":
+        add("--checkpoint", help="also draw what this detector finds: a file or a weights' name")
+    flags = parser.parse_args(argv)
+    image, boxes, names = read_boxes(flags.image, flags.annotations)
+    scene = explain_pictures.make_scene(image, boxes, names, flags.min_size, flags.max_size)
+    flags.picture.parent.mkdir(parents=True, exist_ok=True)
+    if step == "pipeline":
+        figure = explain_pictures.draw_pipeline(image, boxes, scene)
+    else:
+        figure = getattr(explain_pictures, f"draw_{step}")(scene)
+    figure.savefig(flags.picture)
+    print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {flags.picture}")
+    if step == "pipeline" and flags.checkpoint:
+        model, label_map = load_detector(flags.checkpoint)
+        classes = {category["label"]: category["name"] for category in label_map}
+        path = flags.picture.with_stem(f"{flags.picture.stem}_detections")
+        explain_pictures.draw_detections(model, image, classes).savefig(path)
+        print(f"from scores to detections: {path}")
+
+
+DRAW: dict[str, Callable[[list[str]], None]] = {
+    "batch": draw_batch,
+    "anchor-fit": anchor_fit.main,
+    **{step: functools.partial(draw_step, step) for step in STEPS},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Draw what the command line asks for: the name of a picture, then the picture's own flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in ([], ["-h"], ["--help"]) or argv[0] not in DRAW:
+        raise ValueError(
+            f"say what to draw: python -m tools.visualize {{{','.join(DRAW)}}}, then its flags "
+            "(--help lists them)"
+        )
+    DRAW[argv[0]](argv[1:])
 
 
 if __name__ == "__main__":
