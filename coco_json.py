@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -250,15 +250,29 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         _require_utf8(data)
         spans = _find_lists(data)
         found = _repeated_lists(data, spans)
-        images, rows, categories = (_columns(data, *spans[k], kind) for k, kind in _LISTS.items())
+        columns = [
+            _columns(_decode_in_pieces(data, *spans[name], kind), kind)
+            for name, kind in _LISTS.items()
+        ]
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        return None, _diagnose(path, str(error))
+        return _diagnose(path, str(error))
+    annotations, more = _check(path, *columns)
+    return annotations, found + more
+
+
+def _check(
+    path: Path,
+    images: dict[str, np.ndarray],
+    rows: dict[str, np.ndarray],
+    categories: dict[str, np.ndarray],
+) -> tuple[Annotations, list[Finding]]:
+    """Apply the rules on what the lists say, and pack them."""
     by_id = np.argsort(categories["id"], kind="stable")
     categories = {field: column[by_id] for field, column in categories.items()}
     rows["image"] = _positions(images["id"], rows["image_id"])
     rows["category"] = _positions(categories["id"], rows["category_id"])
     with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308, reported as outside
-        found += _check_images(images, categories) + _check_boxes(images, rows, categories)
+        found = _check_images(images, categories) + _check_boxes(images, rows, categories)
         return _pack(path, images, rows, categories), found
 
 
@@ -290,12 +304,10 @@ def _repeated_lists(data: mmap.mmap, spans: dict[str, tuple[int, int]]) -> list[
     return finding("list given twice, of which one would be lost", twice)
 
 
-def _columns(
-    data: mmap.mmap, start: int, end: int, kind: type[msgspec.Struct]
-) -> dict[str, np.ndarray]:
-    """Decode a JSON list of objects to one array per field."""
+def _columns(pieces: Iterable[list[Any]], kind: type[msgspec.Struct]) -> dict[str, np.ndarray]:
+    """Turn a list of objects, which comes in pieces, into one array per field."""
     parts: dict[str, list[np.ndarray]] = {field: [] for field in kind.__struct_fields__}
-    for rows in _decode_in_pieces(data, start, end, kind):
+    for rows in pieces:
         for field, part in parts.items():
             dtype = _DTYPES.get(field, np.int64)
             part.append(np.fromiter(map(attrgetter(field), rows), dtype, len(rows)))
@@ -452,41 +464,71 @@ def has_extent(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
 
 
-def _diagnose(path: Path, message: str) -> list[Finding]:
-    """Find everything that keeps a file from being COCO JSON; slow, for files that failed."""
+def _diagnose(path: Path, message: str) -> tuple[Annotations | None, list[Finding]]:
+    """Find everything that keeps a file from being COCO JSON; slow, for files that failed.
+
+    Where only annotations are wrong, the others are held to all other rules, and returned.
+    """
     other = finding("annotation file that is not COCO's", [message])
     if os.path.getsize(path) > DIAGNOSED:
-        return other
+        return None, other
     data = path.read_bytes()
     try:
         document = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return finding("annotation file that is not UTF-8", [f"byte {error.start}"])
+        return None, finding("annotation file that is not UTF-8", [f"byte {error.start}"])
     except (ValueError, RecursionError) as error:
         bom = data.startswith(codecs.BOM_UTF8)
         what = "not UTF-8" if bom else "not JSON, or cut short"
-        return finding(f"annotation file that is {what}", ["byte 0" if bom else error])
+        return None, finding(f"annotation file that is {what}", ["byte 0" if bom else error])
     if not isinstance(document, dict):
         is_list = isinstance(document, list)
         seen = "$ is a list, as in a file of detections" if is_list else "$ is no object"
-        return finding("annotation file that is not COCO's", [seen])
-    found = []
-    for name, kind in _LISTS.items():
-        rows = document.get(name)
-        if not isinstance(rows, list):
-            found += finding("list missing", [f"$.{name}"])
-            continue
-        places = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
-        found += finding("entries that are not an object", [f"$.{name}[{i}]" for i in places])
-        for field in msgspec.structs.fields(kind):
-            what = f"{field.name} that is not {_EXPECTED.get(field.name, 'a 64-bit integer')}"
-            wrong = [
-                f"$.{name}[{i}].{field.name} {_quote(row, field.name)} (id {row.get('id')})"
-                for i, row in enumerate(rows)
-                if isinstance(row, dict) and not _fits(row, field)
-            ]
-            found += finding(what, wrong)
-    return found or other
+        return None, finding("annotation file that is not COCO's", [seen])
+    found: list[Finding] = []
+    wrong = {
+        name: _wrong_rows(document.get(name), name, kind, found) for name, kind in _LISTS.items()
+    }
+    if (
+        not found
+        or wrong["images"] != set()
+        or wrong["categories"] != set()
+        or (wrong["annotations"] is None)
+    ):
+        return None, found or other
+    rest = [row for i, row in enumerate(document["annotations"]) if i not in wrong["annotations"]]
+    lists = document | {"annotations": rest}
+    columns = [
+        _columns([msgspec.convert(lists[name], list[kind])], kind)  # type: ignore[valid-type]
+        for name, kind in _LISTS.items()
+    ]
+    annotations, more = _check(path, *columns)
+    # Of a part of the boxes warnings, such as of classes without any, would mislead.
+    return annotations, found + [error for error in more if error.severity == "error"]
+
+
+def _wrong_rows(
+    rows: Any, name: str, kind: type[msgspec.Struct], found: list[Finding]
+) -> set[int] | None:
+    """Return which rows of a list are not of its kind, None if it is no list; add to `found`."""
+    if not isinstance(rows, list):
+        found += finding("list missing", [f"$.{name}"])
+        return None
+    places = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
+    found += finding("entries that are not an object", [f"$.{name}[{i}]" for i in places])
+    wrong = set(places)
+    for field in msgspec.structs.fields(kind):
+        what = f"{field.name} that is not {_EXPECTED.get(field.name, 'a 64-bit integer')}"
+        misfits = [
+            i for i, row in enumerate(rows) if isinstance(row, dict) and not _fits(row, field)
+        ]
+        shown = [
+            f"$.{name}[{i}].{field.name} {_quote(rows[i], field.name)} (id {rows[i].get('id')})"
+            for i in misfits
+        ]
+        found += finding(what, shown)
+        wrong |= set(misfits)
+    return wrong
 
 
 def _fits(row: dict[str, Any], field: msgspec.structs.FieldInfo) -> bool:

