@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow test-faults lint clean
+.PHONY: demo docs test test-slow test-faults soak lint clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,6 +29,10 @@ test-slow: .venv/installed
 
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -m faults tests/test_faults.py tests/test_two_nodes.py
+
+# Half an hour and more; CYCLES and SEED may be given.
+soak: .venv/installed
+	PYTHONPATH=. $(BIN)/python tests/soak.py --cycles $(or $(CYCLES),200) --seed $(or $(SEED),0)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Kill and resume one small run many times at random moments; in the end it must be exact.
 
-    python tests/soak.py --cycles 200 --seed 0
+    PYTHONPATH=. python tests/soak.py --cycles 200 --seed 0
 
 Any signal to any rank or to torchrun, at a random time, at a step, in an evaluation, in any
 operation on a file of a save, at start-up. After each cycle: nobody is alive, what was a verified
