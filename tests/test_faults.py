@@ -504,7 +504,7 @@ def test_14_other_numbers_of_processes_train_on_the_same(make_runs: MakeRuns) ->
         for runs in (whole, changing)
     ]
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6)
-    # Sums in another order round differently, and each step builds on it: 2e-4 was seen at the last.
+    # Sums in another order round differently, and steps build on it: 2e-4 was seen at the last.
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     done = changing.run(ranks=5, check=False)
     (message,) = [line for line in done.output().splitlines() if line.startswith("error: ")]
