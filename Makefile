@@ -28,7 +28,8 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -m faults tests/test_faults.py tests/test_two_nodes.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m faults \
+		tests/test_faults.py tests/test_two_nodes.py
 
 # Half an hour and more; CYCLES and SEED may be given.
 soak: .venv/installed
