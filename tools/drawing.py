@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import draw_bounding_boxes
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 MISSED = "#000000"
@@ -58,16 +57,14 @@ def draw_boxes(
     size = [max(1, round(length * scale)) for length in image.shape[1:]]
     mode = "bilinear" if scale > 1 else "area"
     resized = F.interpolate(image[None].float(), size=size, mode=mode)[0].round().byte()
+    picture = Image.fromarray(resized.permute(1, 2, 0).numpy())
+    pen, font = ImageDraw.Draw(picture), _font(11)
     extents = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale
     # Large boxes first, so that small ones lie on top.
     order = np.argsort(-(extents[:, 2] - extents[:, 0]) * (extents[:, 3] - extents[:, 1]))
-    if len(order):
-        corners = torch.from_numpy(extents[order])
-        corners[:, 2:] = corners[:, 2:].maximum(corners[:, :2])
-        lines = [colours[labels[i]] for i in order.tolist()]
-        resized = draw_bounding_boxes(resized, corners, colors=list(lines), width=2)
-    picture = Image.fromarray(resized.permute(1, 2, 0).numpy())
-    pen, font = ImageDraw.Draw(picture), _font(11)
+    for i in order.tolist():
+        x1, y1, x2, y2 = extents[i].tolist()
+        pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colours[labels[i]], width=2)
     taken: list[tuple[float, float, float, float]] = []
     for i in reversed(order.tolist()):  # a small box has the least choice
         text = texts[i]

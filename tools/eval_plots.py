@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +16,6 @@ CURVES = 8  # classes that have a curve of their own: as many as there are colou
 BARS = 40
 CELLS = 20
 MEAN = "#000000"
-# One for each of the curves, should all their classes share a colour.
-STYLES: tuple[Any, ...] = (
-    *("-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (3, 1))),
-    *((0, (1, 4)), (0, (10, 4))),
-)
 IOUS = ("IoU 0.50", "IoU 0.75", "IoU 0.50:0.95")
 ERRORS = {
     "Cls": "Cls: right place,\nwrong class",
@@ -72,16 +66,15 @@ def draw_curves(
     overall.set_title("Precision over recall\nmean of all classes")
 
     shown, which = _ends(rows, CURVES)
-    seen: Counter[str] = Counter()
-    for row in shown:
+    for number, row in enumerate(shown):
         place = int(np.searchsorted(curves["labels"], row["label"]))
-        colour = drawing.on_white(colours[row["label"]])
-        look: dict[str, Any] = {"color": colour, "linestyle": STYLES[seen[colour]]}
-        seen[colour] += 1
+        # Of many classes some share a colour; then the curves take theirs from the palette.
+        many = len(per_class) > CURVES
+        colour = drawing.on_white(drawing.PALETTE[number] if many else colours[row["label"]])
         text = f"{_short(row['name'])}: AP50 {row['AP50']:.3f}"
-        of_class.plot(curves["recall"], curves["precision"][0, place], label=text, **look)
+        of_class.plot(curves["recall"], curves["precision"][0, place], color=colour, label=text)
         text = f"{_short(row['name'])}: {_peak(row['F1'], row['confidence'])}"
-        f1_axes.plot(curves["confidence"], curves["f1"][place], label=text, **look)
+        f1_axes.plot(curves["confidence"], curves["f1"][place], color=colour, label=text)
     of_class.set_title(f"Precision over recall at IoU 0.50\n{which}")
     for axes in (overall, of_class):
         axes.set(xlabel="recall", ylabel="precision")
@@ -93,7 +86,7 @@ def draw_curves(
     f1_axes.axvline(confidence, color=MEAN, linewidth=0.8, linestyle=":")
     f1_axes.set(xlabel="confidence from which detections count", ylabel="F1 at IoU 0.50")
     f1_axes.set_title(f"F1 over confidence\n{which}")
-    look = {"frameon": False, "fontsize": 8.5, "columnspacing": 1}
+    look: dict[str, Any] = {"frameon": False, "fontsize": 8.5, "columnspacing": 1}
     for axes in (overall, of_class, f1_axes):
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(alpha=0.3)

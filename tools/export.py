@@ -11,9 +11,7 @@ file names its classes (metadata "categories", JSON). Needs the extra `export`.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,14 +36,14 @@ CHECKED = 4  # images, unless others are given
 
 
 class OneImage(nn.Module):
-    """A copy of a detector for one image: `[3, H, W]` in 0..1 → boxes, scores, labels."""
+    """A detector of one image: `[3, H, W]` in 0..1 → boxes, scores, labels."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        self.detector = copy.deepcopy(detector)
+        self.detector = detector
         # torchvision's own transform, which it made fit to be traced for any image size.
         own: Any = detector.transform
-        self.detector.transform = GeneralizedRCNNTransform(
+        detector.transform = GeneralizedRCNNTransform(
             *(own.min_size, own.max_size, own.image_mean, own.image_std),
             size_divisible=own.size_divisible,
             fixed_size=own.fixed_size,
@@ -84,11 +82,8 @@ def to_onnx(
 
 
 @torch.inference_mode()
-def compare(detector: nn.Module, path: Path, images: Sequence[Tensor]) -> dict[str, float]:
-    """Run the file at `path` in ONNX Runtime and `detector` on `images`; return how they differ.
-
-    Args:
-        detector: as it predicts in PyTorch, not what was traced.
+def compare(model: OneImage, path: Path, images: Sequence[Tensor]) -> dict[str, float]:
+    """Run the file at `path` in ONNX Runtime and `model` on `images`; return how they differ.
 
     Returns:
         The number of "detections", and the largest difference of "pixels" and "scores".
@@ -102,8 +97,7 @@ def compare(detector: nn.Module, path: Path, images: Sequence[Tensor]) -> dict[s
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     count, pixels, most = 0, 0.0, 0.0
     for number, image in enumerate(images):
-        (found,) = detector([image])
-        expected = [found[name].numpy() for name in OUTPUTS]
+        expected = [value.numpy() for value in model(image)]
         boxes, scores, labels = session.run(None, {"image": image.numpy()})
         if len(boxes) != len(expected[0]):
             raise ValueError(
@@ -173,20 +167,15 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError as error:
         raise ValueError(f"{error.name} is missing: pip install -e '.[export]'") from None
     detector, label_map = load_detector(flags.checkpoint or flags.weights)
+    model = OneImage(detector).eval()
     images = [
         coco_utils.read_image(path, path.parent, predict.shown_size(path)) / 255 for path in paths
     ]
     with torch.inference_mode():
-        found = [len(detector([image])[0]["scores"]) for image in images]
+        found = [len(model(image)[0]) for image in images]
     flags.output.parent.mkdir(parents=True, exist_ok=True)
-    # Under its name there is never a file that did not pass.
-    unchecked = flags.output.with_name(f"{flags.output.name}.unchecked")
-    try:
-        to_onnx(OneImage(detector), images[int(np.argmax(found))], label_map, unchecked)
-        differ = compare(detector, unchecked, images)
-        os.replace(unchecked, flags.output)
-    finally:
-        unchecked.unlink(missing_ok=True)
+    to_onnx(model, images[int(np.argmax(found))], label_map, flags.output)
+    differ = compare(model, flags.output, images)
     print(
         f"{flags.output}: on {len(images)} images PyTorch and ONNX Runtime find the same "
         f"{differ['detections']} objects; boxes differ by {differ['pixels']:.2g} pixels at most, "
