@@ -23,7 +23,6 @@ from torchvision.io import write_jpeg
 
 import coco_json
 import coco_utils
-import data_cache
 from coco_eval import CocoEvaluator
 from tools import drawing, eval_plots, html_report, run_plots
 
@@ -163,42 +162,29 @@ def draw(folder: Path) -> list[str]:
     if not (folder / "args.json").is_file():
         return draw_evaluation(newest_evaluation(folder), folder)[0]
     run = run_plots.read_run(folder)
-    data = read_data(run)
     curves, page = folder / "curves.png", folder / "report.html"
     run_plots.draw_run_curves([run]).savefig(curves)
     pictures, analysis = {curves: "losses, learning rate, AP and speed over steps"}, None
     lines = [f"{folder}:", f"  {curves.name:22}{pictures[curves]}"]
-    if any(folder.glob("eval/epoch_*/results.json")):
+    if run.evaluations:
         place = newest_evaluation(folder)
         more, drawn = draw_evaluation(place, folder)
         lines += more
         pictures |= drawn
         analysis = json.loads((place / "analysis.json").read_text())
-    elif run.evaluations:
-        lines.append(f"  no pictures of evaluations: {folder / 'eval'} is gone")
     else:
         lines.append("  no evaluation yet; train.py makes one every --eval-every epochs")
-    html_report.write_report(page, [run], pictures, analysis, data)
+    html_report.write_report(page, [run], pictures, analysis)
     return [*lines, f"all of it in one file: {page}"]
-
-
-def read_data(run: run_plots.RunRecords) -> dict[str, coco_json.Annotations | str]:
-    """Return what a run is trained and evaluated on, or where it was if it is not there now."""
-    read: dict[str, coco_json.Annotations | str] = {}
-    for name, split in (("training", "train"), ("validation", "val")):
-        path = Path(run.about["paths"][f"{split}_annotations"])
-        annotations = data_cache.examine(path)[0] if path.is_file() else None
-        read[name] = str(path) if annotations is None else annotations
-    return read
 
 
 def compare(folders: Sequence[Path], output: Path) -> list[str]:
     """Lay the curves of several runs over each other in the folder `output`; say what was drawn.
 
     Raises:
-        ValueError: if one of them holds no run, or is named twice.
+        ValueError: if one of them holds no run.
     """
-    runs = run_plots.read_runs(folders)
+    runs = [run_plots.read_run(folder) for folder in folders]
     output.mkdir(parents=True, exist_ok=True)
     curves, page = output / "curves.png", output / "report.html"
     run_plots.draw_run_curves(runs).savefig(curves)
