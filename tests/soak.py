@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -93,6 +94,10 @@ def hurt(runs: Runs, draw: random.Random, fault: dict[str, Any] | float) -> Laun
             os.kill(draw.choice(targets), number)
         except ProcessLookupError:
             pass
+    try:
+        launched.process.wait(10.0)
+    except subprocess.TimeoutExpired:  # a loader worker, which ignores all but KILL
+        launched.process.terminate()
     launched.wait()
     return launched
 
