@@ -223,6 +223,7 @@ def build_model(
     min_size: int | None = None,
     max_size: int | None = None,
     assigner: str = "torchvision",
+    box_subnet: str | None = None,
     anchor_sizes: Sequence[int] | None = None,
     anchor_ratios: Sequence[float] | None = None,
     score_thresh: float | None = None,
@@ -244,7 +245,7 @@ def build_model(
             layers and, but for v2 and SSD, batch normalisation; without, all is trained.
         trainable_backbone_layers: counted from the last; None is torchvision's choice.
         min_size, max_size: of the resized image, pixels; None is torchvision's choice.
-        assigner: of `retinanet.ASSIGNERS`, for RetinaNet alone, as are the next two.
+        assigner, box_subnet: as `retinanet.RetinaNet` takes them, which alone does, as the next.
         anchor_sizes, anchor_ratios: as `make_anchor_generator` takes them.
         score_thresh, nms_thresh, detections_per_image, topk_candidates: what is detected: above
             which score, up to which IoU, how many in all, and from how many per level (SSD: per
@@ -262,7 +263,7 @@ def build_model(
     if sizes and name.startswith("ssd"):
         raise ValueError(f"--min-size and --max-size: {name} has one fixed size; leave them out")
     if not name.startswith("retinanet"):
-        _refuse_for_others(name, assigner, anchor_sizes, anchor_ratios)
+        _refuse_for_others(name, assigner, box_subnet, anchor_sizes, anchor_ratios)
     backbone = None
     if load and weights_backbone:
         backbone = read_weights(weights_backbone, "--weights-backbone")
@@ -282,7 +283,7 @@ def build_model(
         )
     if isinstance(model, detection.RetinaNet):
         anchors = make_anchor_generator(anchor_sizes, anchor_ratios)
-        model = _with_own_training_path(model, num_classes, assigner, anchors)
+        model = _with_own_training_path(model, num_classes, assigner, box_subnet, anchors)
     model.transform = BatchTransform(model.transform, resize_in_training)
     _set_post_processing(
         getattr(model, "roi_heads", model),
@@ -312,11 +313,14 @@ def _mend_and_speed_up(model: nn.Module) -> None:
 def _refuse_for_others(
     name: str,
     assigner: str,
+    box_subnet: str | None,
     anchor_sizes: Sequence[int] | None,
     anchor_ratios: Sequence[float] | None,
 ) -> None:
     if assigner != "torchvision":
         raise ValueError(f"--assigner {assigner} is for RetinaNet, not for {name}")
+    if box_subnet is not None:
+        raise ValueError(f"--box-subnet {box_subnet} is for RetinaNet, not for {name}")
     for flag, values in (("sizes", anchor_sizes), ("ratios", anchor_ratios)):
         if values is not None:
             given = " ".join(map(str, values))
@@ -569,7 +573,11 @@ def _backbone_state(weights: Weights | None, architecture: str) -> dict[str, Ten
 
 
 def _with_own_training_path(
-    base: detection.RetinaNet, num_classes: int, assigner: str, anchors: AnchorGenerator
+    base: detection.RetinaNet,
+    num_classes: int,
+    assigner: str,
+    box_subnet: str | None,
+    anchors: AnchorGenerator,
 ) -> retinanet.RetinaNet:
     _fit_head(base.head, anchors.num_anchors_per_location()[0], num_classes)
     model = retinanet.RetinaNet(
@@ -579,6 +587,7 @@ def _with_own_training_path(
         head=base.head,
         proposal_matcher=base.proposal_matcher,
         assigner=assigner,
+        box_subnet=box_subnet,
     )
     model.transform = base.transform
     return model
@@ -787,6 +796,8 @@ def wrap(model: nn.Module, device: torch.device, num_processes: int, compiled: b
     is.
     """
     if compiled:
+        if isinstance(model, retinanet.RetinaNet):
+            model.box_subnet = "dense"  # what is compiled is the head, not what goes around it
         for name, part in model.named_children():
             if name in ("backbone", "head"):
                 part.compile(dynamic=True)

@@ -15,7 +15,7 @@ That every box has an area is for the data path to check.
 import copy
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from box_subnet import sparse_codes
+
+BOX_SUBNETS = ("dense", "sparse")
 ASSIGNERS = ("torchvision", "max-iou")
 BACKGROUND, IGNORED = -1, -2  # in place of the index of a box, as in torchvision's Matcher
 
@@ -66,6 +69,14 @@ def make_anchors(
     if device.type == "cuda":
         anchors = anchors.pin_memory()
     return anchors.to(device, non_blocking=True)
+
+
+class Assigned(NamedTuple):
+    """What the anchors of N images are to find: boxes and labels of `pad_targets`, and `assign`."""
+
+    boxes: Tensor
+    labels: Tensor
+    matched: Tensor
 
 
 def pad_targets(targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -320,20 +331,28 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
         num_classes: int,
         *args: Any,
         assigner: str = "torchvision",
+        box_subnet: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take what torchvision's class takes, and `assigner`: "torchvision" or "max-iou".
+        """Take what torchvision's class takes, and two choices for training.
+
+        Args:
+            assigner: "torchvision" or "max-iou".
+            box_subnet: "dense" computes it everywhere; "sparse" where boxes are, see box_subnet.py;
+                None is sparse on a CPU and dense elsewhere, where sparse makes the host wait.
 
         Raises:
-            ValueError: if `assigner` is another, or `proposal_matcher` is not torchvision's Matcher
+            ValueError: if either is another, or `proposal_matcher` is not torchvision's Matcher
                 itself: only its thresholds are used, the rule of another would be lost.
         """
         super().__init__(backbone, num_classes, *args, **kwargs)
         if assigner not in ASSIGNERS:
             raise ValueError(f"assigner {assigner!r} is unknown: use one of {', '.join(ASSIGNERS)}")
+        if box_subnet not in (None, *BOX_SUBNETS):
+            raise ValueError(f"box subnet {box_subnet!r} is unknown: use 'dense' or 'sparse'")
         if type(self.proposal_matcher) is not Matcher:
             raise ValueError(f"proposal_matcher must be a Matcher, not {self.proposal_matcher!r}")
-        self.assigner = assigner
+        self.assigner, self.box_subnet = assigner, box_subnet
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Return the losses (see `detection_losses`) in training, else torchvision's detections.
@@ -359,32 +378,43 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
             torch.promote_types(features[0].dtype, torch.float32),
             features[0].device,
         )
-        return self.compute_loss(scaled_targets, self.head(features), [anchors])
+        assigned = self.assign_targets(scaled_targets, anchors)
+        outputs = self._head_outputs(features, assigned.matched >= 0)
+        return self.compute_loss(assigned, outputs, anchors)
 
-    def compute_loss(
-        self,
-        targets: list[dict[str, Tensor]],
-        head_outputs: dict[str, Tensor],
-        anchors: list[Tensor],
-    ) -> dict[str, Tensor]:
-        """Return the losses of the head's outputs; the first anchors, [A, 4], serve all images."""
+    def assign_targets(self, targets: list[dict[str, Tensor]], anchors: Tensor) -> Assigned:
+        """Pad the targets of N images and assign to their boxes the anchors, [A, 4]."""
         boxes, labels = pad_targets(targets)
-        boxes = boxes.to(anchors[0].dtype)
+        boxes = boxes.to(anchors.dtype)
+        matcher = self.proposal_matcher
         matched = assign(
-            anchors[0],
+            anchors,
             boxes,
             labels,
             self.assigner,
-            self.proposal_matcher.high_threshold,
-            self.proposal_matcher.low_threshold,
-            self.proposal_matcher.allow_low_quality_matches,
+            matcher.high_threshold,
+            matcher.low_threshold,
+            matcher.allow_low_quality_matches,
         )
+        return Assigned(boxes, labels, matched)
+
+    def _head_outputs(self, features: list[Tensor], foreground: Tensor) -> dict[str, Tensor]:
+        on_cpu = foreground.device.type == "cpu"
+        if self.box_subnet == "sparse" or (self.box_subnet is None and on_cpu):
+            codes = sparse_codes(self.head.regression_head, features, foreground)
+            if codes is not None:
+                logits = self.head.classification_head(features)
+                return {"cls_logits": logits, "bbox_regression": codes}
+        return self.head(features)
+
+    def compute_loss(
+        self, targets: Assigned, head_outputs: dict[str, Tensor], anchors: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the losses of the head's outputs."""
         return detection_losses(
             head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
-            anchors[0],
-            boxes,
-            labels,
-            matched,
+            anchors,
+            *targets,
             self.head.regression_head._loss_type,
         )

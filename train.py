@@ -52,7 +52,7 @@ from utils import Processes, logger
 PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
 MODEL_FLAGS = (
     *("weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "anchor_sizes", "anchor_ratios", "sync_bn"),
+    *("assigner", "box_subnet", "anchor_sizes", "anchor_ratios", "sync_bn"),
     *("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates"),
 )
 EVALUATION_FLAGS = ("eval_batch_size", "workers", "coco_eval", "save_detections", "val_loss")
@@ -113,6 +113,11 @@ def _add_model_flags(add: Callable[..., Any]) -> None:
     add("--min-size", type=int, help="shorter side after resizing, pixels; the model's default")
     add("--max-size", type=int, help="longer side after resizing at most, pixels; likewise")
     add("--assigner", choices=retinanet.ASSIGNERS, default="torchvision", help="of RetinaNet")
+    add(
+        "--box-subnet",
+        choices=retinanet.BOX_SUBNETS,
+        help="in training; sparse on a CPU, else dense",
+    )
     add("--anchor-sizes", type=int, nargs="+", help="of P3 … P7, pixels; 32 64 128 256 512")
     add("--anchor-ratios", type=float, nargs="+", help="height / width of each; 0.5 1 2")
 
@@ -234,6 +239,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError(f"--min-size {args.min_size} is larger than --max-size {args.max_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+    if args.compile and args.box_subnet == "sparse":
+        raise ValueError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
     if args.device != "cuda" and args.sync_bn:
         raise ValueError("--sync-bn works on CUDA only; leave it out")
     if args.device != "cuda" and args.amp == "fp16":

@@ -175,7 +175,8 @@ def test_step_counts_no_wait_in_ours_and_many_in_torchvisions(
     # within calls are counted, too, and depend on the number of threads.
     assert 0 < calls["ours"] <= calls["torchvision"] / 3.5
     assert rows["operator calls, whole step"]["ours"] > calls["ours"]
-    assert rows["FLOPs per step"]["ratio"] == pytest.approx(1, abs=1e-3)  # one architecture
+    # One architecture; the box subnet leaves out cells, but most are near a box in such images.
+    assert 1 < rows["FLOPs per step"]["ratio"] < 1.1
     assert rows["step, fp32, batch 2"]["ours"] > 0
     assert rows["peak memory of a step, with weights"]["ours"] > 100  # weights, gradients, momentum
 
@@ -228,10 +229,10 @@ def test_both_sides_start_from_the_same_loss() -> None:
     assert any(moved) and not any(m and not t for m, t in zip(moved, trained, strict=True))
 
 
-def test_flops_are_those_of_three_products() -> None:
+def test_flops_of_a_dense_box_subnet_are_torchvisions() -> None:
     assert benchmark_step.matmul_peak(torch.device("cpu"), None, seconds=0.01) > 1e8
     settings = benchmark_step.Settings(
-        "retinanet_resnet18_fpn", torch.device("cpu"), "fp32", 64, 96
+        "retinanet_resnet18_fpn", torch.device("cpu"), "fp32", 64, 96, "dense"
     )
     ours, theirs, batches = benchmark_step.build(settings, 1, 1)
     assert benchmark_step.count_flops(ours, batches[0]) == benchmark_step.count_flops(

@@ -231,6 +231,7 @@ def test_synchronised_batch_norm_keeps_the_names() -> None:
         (SSDLITE, {"min_size": 64}, ["--min-size", SSDLITE, "leave"]),
         ("ssd300_vgg16", {"max_size": 64}, ["--max-size", "ssd300_vgg16", "leave"]),
         (FASTER_RCNN, {"assigner": "max-iou"}, ["--assigner max-iou", FASTER_RCNN]),
+        (FASTER_RCNN, {"box_subnet": "dense"}, ["--box-subnet dense", FASTER_RCNN]),
         (RESNET18, {"trainable_backbone_layers": 2}, ["--trainable-backbone-layers", "--weights"]),
     ],
 )

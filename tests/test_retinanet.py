@@ -146,6 +146,12 @@ def both_without_backbone(box_loss: str, **kwargs: Any) -> tuple[Any, Any]:
     return models
 
 
+def losses_of(
+    model: Any, targets: Targets, outputs: dict[str, Tensor], anchors: Tensor
+) -> dict[str, Tensor]:
+    return model.compute_loss(model.assign_targets(targets, anchors), outputs, anchors)
+
+
 def build(model_class: type[nn.Module], v2: bool = False, **kwargs: Any) -> Any:
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(
@@ -199,7 +205,7 @@ def check_losses(batch: tuple[Targets, tuple[int, int], int], box_loss: str, **k
     outputs = make_outputs(seed, len(targets), len(anchors))
     their_anchors = torchvision_anchors(theirs.anchor_generator, image_size, len(targets))
     assert_losses_agree(
-        ours.compute_loss(targets, outputs, [anchors]),
+        losses_of(ours, targets, outputs, anchors),
         theirs.compute_loss(targets, outputs, their_anchors),
         list(outputs.values()),
     )
@@ -245,8 +251,10 @@ def test_other_anchors_give_torchvisions_losses() -> None:
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_training_step_equals_torchvision_down_to_the_weights(v2: bool) -> None:
-    ours, theirs = build(retinanet.RetinaNet, v2), build(TorchvisionRetinaNet, v2)
+@pytest.mark.parametrize("box_subnet", retinanet.BOX_SUBNETS)
+def test_training_step_equals_torchvision_down_to_the_weights(v2: bool, box_subnet: str) -> None:
+    ours = build(retinanet.RetinaNet, v2, box_subnet=box_subnet)
+    theirs = build(TorchvisionRetinaNet, v2)
     images = make_images([(60, 96), (64, 64), (50, 80)])
     targets = make_targets(7, [5, 0, 12], (50, 64))
     losses = [model.train()(images, copy.deepcopy(targets)) for model in (ours, theirs)]
@@ -291,7 +299,7 @@ def test_images_without_boxes_give_finite_gradients() -> None:
         ours, _ = both_without_backbone(box_loss)
         anchors = anchors_for((64, 64))
         outputs = make_outputs(0, 2, len(anchors))
-        losses = ours.compute_loss(make_targets(0, [0, 0], (64, 64)), outputs, [anchors])
+        losses = losses_of(ours, make_targets(0, [0, 0], (64, 64)), outputs, anchors)
         assert losses["bbox_regression"] == 0
         assert losses["classification"] > 0
         for grad in torch.autograd.grad(total(losses), list(outputs.values())):
@@ -304,11 +312,11 @@ def test_losses_under_autocast_are_those_of_fp32(box_loss: str) -> None:
     anchors = anchors_for((64, 96))
     targets = make_targets(0, [3, 5], (64, 96))
     halves = {k: v.detach().bfloat16() for k, v in make_outputs(0, 2, len(anchors)).items()}
-    expected = ours.compute_loss(targets, {k: v.float() for k, v in halves.items()}, [anchors])
+    expected = losses_of(ours, targets, {k: v.float() for k, v in halves.items()}, anchors)
     for half in halves.values():
         half.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = ours.compute_loss(targets, halves, [anchors])
+        losses = losses_of(ours, targets, halves, anchors)
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         assert loss == expected[name]
@@ -550,6 +558,8 @@ def test_state_dict_and_inference_are_torchvisions(v2: bool) -> None:
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="'closest'.*torchvision, max-iou"):
         retinanet.RetinaNet(NoBackbone(), 2, assigner="closest")
+    with pytest.raises(ValueError, match="'auto'.*'dense' or 'sparse'"):
+        retinanet.RetinaNet(NoBackbone(), 2, box_subnet="auto")
     with pytest.raises(ValueError, match="proposal_matcher"):
         retinanet.RetinaNet(NoBackbone(), 2, proposal_matcher=SSDMatcher(0.5))
     with pytest.raises(ValueError, match="needs targets"):
@@ -557,19 +567,20 @@ def test_wrong_arguments_are_named() -> None:
     ours, _ = both_without_backbone("ciou")
     anchors = anchors_for((64, 64))
     with pytest.raises(ValueError, match="'ciou'.*'l1' or 'giou'"):
-        ours.compute_loss(
-            make_targets(0, [1], (64, 64)), make_outputs(0, 1, len(anchors)), [anchors]
-        )
+        losses_of(ours, make_targets(0, [1], (64, 64)), make_outputs(0, 1, len(anchors)), anchors)
 
 
 def test_assigner_reaches_the_loss() -> None:
     targets, anchors = make_targets(0, [12, 12], (64, 64), grid=8), anchors_for((64, 64))
     outputs = make_outputs(0, 2, len(anchors))
     losses = [
-        both_without_backbone("l1")[0].compute_loss(targets, outputs, [anchors]),
-        retinanet.RetinaNet(NoBackbone(), NUM_CLASSES, assigner="max-iou").compute_loss(
-            targets, outputs, [anchors]
-        ),
+        losses_of(
+            retinanet.RetinaNet(NoBackbone(), NUM_CLASSES, assigner=assigner),
+            targets,
+            outputs,
+            anchors,
+        )
+        for assigner in retinanet.ASSIGNERS
     ]
     assert losses[0]["bbox_regression"] != losses[1]["bbox_regression"]
 
@@ -620,7 +631,7 @@ def waits(recorder: OpRecorder) -> set[str]:
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("assigner", retinanet.ASSIGNERS)
 def test_training_never_asks_the_device_for_a_value(v2: bool, assigner: str) -> None:
-    model = build(retinanet.RetinaNet, v2, assigner=assigner).train()
+    model = build(retinanet.RetinaNet, v2, assigner=assigner, box_subnet="dense").train()
     model.transform = NoTransform()
     images, targets = make_images([(64, 96)] * 3), make_targets(0, [4, 0, 9], (64, 96))
     retinanet.make_anchors.cache_clear()
@@ -650,9 +661,7 @@ def test_anchors_and_losses_take_a_quarter_of_the_operator_calls(box_loss: str) 
     targets = make_targets(0, [7, 7], image_size)
     outputs = make_outputs(0, 2, len(anchors_for(image_size, ours.anchor_generator)))
     our_calls = count_operator_calls(
-        lambda: ours.compute_loss(
-            targets, outputs, [anchors_for(image_size, ours.anchor_generator)]
-        )
+        lambda: losses_of(ours, targets, outputs, anchors_for(image_size, ours.anchor_generator))
     )
     images = ImageList(torch.zeros(2, 3, *image_size), [image_size] * 2)
     features = [torch.zeros(2, 1, *size) for size in feature_sizes(image_size)]
@@ -690,7 +699,7 @@ def test_loss_keeps_one_tensor_of_the_size_of_the_logits() -> None:
 
     with OpRecorder() as recorder, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         recorder.wide_shape = logits.shape
-        model.compute_loss(make_targets(0, [3, 5], (64, 64)), outputs, [anchors])
+        losses_of(model, make_targets(0, [3, 5], (64, 64)), outputs, anchors)
     assert recorder.one_hot_like == []
     assert [x.dtype for x in kept if x.shape == logits.shape] == [torch.float32]
     assert sum(x.nbytes for x in kept) < 1.3 * logits.nbytes

@@ -57,6 +57,7 @@ def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
     add("--device", choices=("cpu", "cuda"), default=utils.default_device())
     add("--model", default="retinanet_resnet50_fpn", help="or retinanet_RESNET_fpn")
+    add("--box-subnet", choices=retinanet.BOX_SUBNETS, help="of ours; sparse on a CPU, else dense")
     add("--batch-size", type=int, default=2, help="images per step")
     add("--dtype", choices=DTYPES, default="fp32", help="of both sides; tf32 is CUDA's")
     add("--compile", action="store_true", help="ours compiled; counts graphs over mixed sizes")
@@ -76,6 +77,7 @@ class Settings:
     dtype: str
     min_size: int
     max_size: int
+    box_subnet: str | None = None
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
@@ -89,6 +91,7 @@ def run(
     dtype: str,
     min_size: int,
     max_size: int,
+    box_subnet: str | None,
     compile: bool,
     batch_size: int,
     steps: int,
@@ -98,7 +101,7 @@ def run(
     """Measure; the flags are those of `add_flags`."""
     if dtype == "tf32" and device != "cuda":
         raise ValueError("--dtype tf32 is for --device cuda; use fp32 on a CPU")
-    settings = Settings(model, torch.device(device), dtype, min_size, max_size)
+    settings = Settings(model, torch.device(device), dtype, min_size, max_size, box_subnet)
     ours, theirs, batches = build(settings, steps, batch_size)
     np.testing.assert_allclose(
         ours.run(batches),
@@ -197,6 +200,7 @@ class Ours(Side):
             weights_backbone="random, but frozen as if trained",
             min_size=settings.min_size,
             max_size=settings.max_size,
+            box_subnet=settings.box_subnet,
         )
         super().__init__(model.to(memory_format=torch.channels_last), settings)
         optimizer = train.build_optimizer(
@@ -314,16 +318,17 @@ def _synchronized(function: Callable[[], Any], device: torch.device) -> Callable
 
 
 def count_rows(ours: Ours, theirs: Torchvision, batch: Batch) -> list[Row]:
-    """Count operator calls and waits of one step of either side."""
+    """Count operator calls and waits of one step of either side; by default as a GPU runs it."""
     counts = []
-    for side in (ours, theirs):
-        with _labels(side):
-            model = count(functools.partial(side.backward, batch))
-        whole = count(functools.partial(side.run, [batch]))
-        if side.device.type == "cuda":
-            model["waits"] = _cuda_waits(functools.partial(side.backward, batch))
-            whole["waits"] = _cuda_waits(functools.partial(side.run, [batch]))
-        counts.append((model, whole))
+    with mock.patch.object(ours.model, "box_subnet", ours.settings.box_subnet or "dense"):
+        for side in (ours, theirs):
+            with _labels(side):
+                model = count(functools.partial(side.backward, batch))
+            whole = count(functools.partial(side.run, [batch]))
+            if side.device.type == "cuda":
+                model["waits"] = _cuda_waits(functools.partial(side.backward, batch))
+                whole["waits"] = _cuda_waits(functools.partial(side.run, [batch]))
+            counts.append((model, whole))
     (model, whole), (their_model, their_whole) = counts
 
     def row(name: str, mine: float, other: float, **asked: float) -> Row:
@@ -340,11 +345,13 @@ def count_rows(ours: Ours, theirs: Torchvision, batch: Batch) -> list[Row]:
 
 def _labels(side: Side) -> contextlib.ExitStack:
     """Mark what makes anchors and losses, so that the profiler tells it from the rest."""
-    anchors: tuple[Any, str] = (retinanet, "make_anchors")
+    places = [(side.model, "compute_loss")]
     if isinstance(side, Torchvision):
-        anchors = (side.model.anchor_generator, "forward")
+        places.append((side.model.anchor_generator, "forward"))
+    else:
+        places += [(retinanet, "make_anchors"), (side.model, "assign_targets")]
     stack = contextlib.ExitStack()
-    for place, name in (anchors, (side.model, "compute_loss")):
+    for place, name in places:
         marked = record_function(PART)(getattr(place, name))
         stack.enter_context(mock.patch.object(place, name, marked))
     return stack
