@@ -79,27 +79,35 @@ def random_fault(draw: random.Random, step: int) -> dict[str, Any] | float:
 
 def hurt(runs: Runs, draw: random.Random, fault: dict[str, Any] | float) -> Launched:
     """Run until `fault` ends the run, or it ends by itself."""
-    if not isinstance(fault, float):
-        return runs.run(ranks=RANKS, check=False, faults=[fault])
-    launched = runs.start(ranks=RANKS)
-    launched.wait_for("from step")
-    time.sleep(fault)
+    if isinstance(fault, float):
+        launched = runs.start(ranks=RANKS)
+        launched.wait_for("from step")
+        time.sleep(fault)
+        send_from_outside(launched, runs.folder, draw)
+    else:
+        launched = runs.start(ranks=RANKS, faults=[fault])
+    try:
+        launched.process.wait(40.0)
+    except subprocess.TimeoutExpired:
+        # A loader worker ignores all signals but KILL; and the second save of a run may have fewer
+        # operations than the number at which the fault was to be.
+        launched.process.terminate()
+    launched.wait()
+    return launched
+
+
+def send_from_outside(launched: Launched, folder: Path, draw: random.Random) -> None:
+    """Send a random signal to the launcher or another process of the run."""
     number = getattr(signal, draw.choice(SIGNALS))
     if draw.random() < 0.5:
         targets = [launched.process.pid]
     else:
-        targets = sorted(living(runs.folder) - {launched.process.pid})
+        targets = sorted(living(folder) - {launched.process.pid})
     if targets:
         try:
             os.kill(draw.choice(targets), number)
         except ProcessLookupError:
             pass
-    try:
-        launched.process.wait(10.0)
-    except subprocess.TimeoutExpired:  # a loader worker, which ignores all but KILL
-        launched.process.terminate()
-    launched.wait()
-    return launched
 
 
 def soak(place: Path, data: Path, cycles: int, seed: int) -> Report:
