@@ -135,8 +135,9 @@ def soak(place: Path, data: Path, cycles: int, seed: int) -> Report:
         report.faults[f"{kind} {launched.process.returncode}"] += 1
         launched.console.unlink()
         print(f"cycle {report.cycles}: {fault} → step {step}, {size:.0f} MB", flush=True)
-    runs.run(ranks=RANKS)
-    whole.run(ranks=RANKS)
+    for each in (runs, whole):
+        last = each.start(ranks=RANKS)
+        assert last.wait(60.0 * cycles) == 0, last.output()
     assert_same(runs.gate(), whole.gate())
     left, expected = (names(each.folder) for each in (runs, whole))
     assert left - {"checkpoint.previous.pth", "checkpoint.previous.pth.sha256"} <= expected, left
