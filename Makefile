@@ -17,7 +17,8 @@ docs: .venv/installed
 	test -f runs/docs/best.pth || $(BIN)/python train.py --dataset shapes \
 		--model retinanet_resnet18_fpn --min-size 128 --max-size 128 --batch-size 4 --workers 0 \
 		--opt adamw --lr 5e-4 --wd 0.05 --clip-grad-norm 1 --amp bf16 --epochs 5 --lr-steps 4 \
-		--warmup-steps 60 --eval-every 5 --keep-checkpoints 1 --output-dir runs/docs --resume auto
+		--warmup-steps 60 --eval-every 5 --keep-checkpoints 1 --box-subnet dense \
+		--output-dir runs/docs --resume auto
 	$(BIN)/python -m tools.explain
 
 test: .venv/installed lint
