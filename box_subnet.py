@@ -31,9 +31,12 @@ MAX_SHARE = 0.8
 def convolutions(head: nn.Module) -> list[nn.Conv2d] | None:
     """Return the convolutions of a box subnet of 3 x 3 convolutions with ReLU between them.
 
-    None for any other, such as v2's, whose group normalisation takes its statistics from all cells.
+    None for any other, such as v2's, whose group normalisation takes its statistics from all cells,
+    and for one with hooks, which would not be called.
     """
     if type(head) is not RetinaNetRegressionHead:
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in head.modules()):
         return None
     tower: Any = head.conv
     blocks = list(tower)

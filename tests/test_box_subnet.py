@@ -141,12 +141,13 @@ def test_crowded_pyramids_and_other_heads_are_left_to_the_head() -> None:
         pass
 
     norm_layer = functools.partial(nn.GroupNorm, 2)
-    strided, activated = make_head(), make_head()
+    strided, activated, hooked = make_head(), make_head(), make_head()
+    hooked.conv[0].register_forward_hook(lambda *_: None)
     strided.bbox_reg.stride = (2, 2)
     activated.conv[1] = Conv2dNormActivation(6, 6, norm_layer=None, activation_layer=nn.SiLU)
     for head in (
         *(Other(6, ANCHORS), RetinaNetRegressionHead(6, ANCHORS, norm_layer=norm_layer)),
-        *(strided, activated, nn.Identity()),
+        *(strided, activated, hooked, nn.Identity()),
     ):
         assert box_subnet.sparse_codes(head, features, one) is None
 
