@@ -87,7 +87,7 @@ def hurt(runs: Runs, draw: random.Random, fault: dict[str, Any] | float) -> Laun
     else:
         launched = runs.start(ranks=RANKS, faults=[fault])
     try:
-        launched.process.wait(40.0)
+        launched.process.wait(15.0)
     except subprocess.TimeoutExpired:
         # A loader worker ignores all signals but KILL; and the second save of a run may have fewer
         # operations than the number at which the fault was to be.
