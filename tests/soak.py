@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         place = Path(folder)
         data = shapes.make_shapes(place / "data", 16, 7, size=64)
         try:
-            print(json.dumps(asdict(soak(place, data, args.cycles, args.seed)), indent=2))
+            print(json.dumps(vars(soak(place, data, args.cycles, args.seed)), indent=2))
         finally:
             clean_up(place / "hurt")
             clean_up(place / "whole")
