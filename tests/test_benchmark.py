@@ -176,7 +176,7 @@ def test_step_counts_no_wait_in_ours_and_many_in_torchvisions(
     assert 0 < calls["ours"] <= calls["torchvision"] / 3.5
     assert rows["operator calls, whole step"]["ours"] > calls["ours"]
     # One architecture; the box subnet leaves out cells, but most are near a box in such images.
-    assert 1 < rows["FLOPs per step"]["ratio"] < 1.1
+    assert 1 < rows["FLOPs per step"]["ratio"] < 1.2
     assert rows["step, fp32, batch 2"]["ours"] > 0
     assert rows["peak memory of a step, with weights"]["ours"] > 100  # weights, gradients, momentum
 
