@@ -127,7 +127,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"model": "retinanet_resnet50_fpn", "epochs": 100, "data_augmentation": "lsj"},
         **{"amp": "bf16", "ema_decay": 0.9998, "lr_scheduler": "cosineannealinglr"},
     },
-    "shapes": {"dataset": "shapes", "epochs": 5, "model": "retinanet_resnet50_fpn"},
+    "shapes": {"dataset": "shapes", "epochs": 6, "model": "retinanet_resnet50_fpn"},
     "bccd": {
         **{"model": "retinanet_resnet18_fpn", "min_size": 320, "max_size": 427, "batch_size": 4},
         **{"opt": "adamw", "lr": 5e-4, "wd": 0.05, "clip_grad_norm": 1, "amp": "bf16"},
