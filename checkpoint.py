@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,13 @@ def save(state: Mapping[str, Any], path: Path) -> None:
 def copy(source: Path, target: Path, link: bool = False) -> None:
     """Make `target` a second verified checkpoint like `source`, which has to be one.
 
-    `link` shares the file instead of its content, for a source that is about to be replaced.
+    `link` shares the file instead of its content, for a source that is about to be replaced, where
+    the file system can: those over cloud storage cannot.
     """
     digest = _sidecar(source).read_text().split()[0]
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
-    if link:
-        os.link(source, temporary)
-    else:
+    if not (link and _link(source, temporary)):
         shutil.copyfile(source, temporary)
         _sync(temporary)
     os.replace(temporary, target)
@@ -157,6 +157,8 @@ def as_own(
             "from its weights give it as --weights"
         )
     theirs = saved["args"] | {"amp": "fp16" if saved["args"].get("amp") else None}
+    if "weight_decay" in theirs:
+        theirs["wd"] = theirs["weight_decay"]
     # They put normalisation first, train.py last; and do not know of fused steps.
     groups = [group | {"fused": True} for group in reversed(saved["optimizer"]["param_groups"])]
     epoch = saved["epoch"] + 1
@@ -171,7 +173,7 @@ def as_own(
 
 
 def check_same_run(
-    saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Sequence[str], source: Path
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str], source: Path
 ) -> None:
     """Raise ValueError, listing old → new, unless a checkpoint continues the run described `now`.
 
@@ -197,6 +199,17 @@ def remove_leftovers(folder: Path) -> None:
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Let `target` share the file of `source`; return whether the file system can."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return False
+    return True
 
 
 def _commit(path: Path, digest: str) -> None:

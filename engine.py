@@ -230,9 +230,9 @@ def _raise_not_finite(
         image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
         logger.error("the loss is not finite on the images with the ids %s", image_ids)
     raise FloatingPointError(
-        f"the loss of step {step} is not finite ({means}); the weights are those of the step "
-        "before; check the boxes of these images (python -m tools.check_data), lower --lr, or "
-        "limit gradients with --clip-grad-norm 1"
+        f"the loss of step {step} is not finite ({means}); the step was not taken, and checkpoints "
+        "are of steps before it. Check the boxes of these images (python -m tools.check_data), or "
+        "go on from a checkpoint with a lower --lr or with --clip-grad-norm 1"
     )
 
 

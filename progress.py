@@ -144,6 +144,16 @@ def waiting_warnings(share: float, workers: int) -> list[str]:
     ]
 
 
+def precision_warnings(amp: str | None, device: torch.device) -> list[str]:
+    """Return a warning if `amp` is a precision that the device computes slowly in."""
+    if amp != "fp16" or device.type != "cpu":
+        return []
+    return [
+        "--amp fp16 on a CPU: convolutions have no fast kernels for it there and take many times "
+        "as long as in fp32; --amp bf16 is the fast one"
+    ]
+
+
 def processes_on_this_machine() -> int:
     """Return how many processes of the run share this machine, as torchrun says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

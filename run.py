@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +154,9 @@ class Run:
         if settings["tensorboard"] and self.processes.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
+            # What was written after the checkpoint that is resumed from, will be written again.
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
+            self.tensorboard = stack.enter_context(writer)
 
     def start(self, data: coco_utils.CocoDetection, lr: float, steps_per_epoch: int) -> None:
         """Say what will run, in the log and in args.json; take the records back to this step."""
@@ -180,6 +183,7 @@ class Run:
             warnings = [
                 *progress.rate_warnings(settings["opt"], lr, global_batch, settings["weights"]),
                 *progress.worker_warnings(settings["workers"], processes_here, os.cpu_count() or 1),
+                *progress.precision_warnings(settings["amp"], self.processes.device),
             ]
             title = f"{self.folder} from step {self.state.step}"
             progress.log_table(title, about["summary"], warnings)
@@ -252,11 +256,16 @@ class Run:
         if line is not None:
             self._record(line)
             self._warn_of_waiting(line)
-        stop |= self.state.step == self.settings["max_steps"]
+        stop |= self.is_complete()
         every = self.settings["checkpoint_every"]
         if stop or (every and self.state.step % every == 0):
             self.save()
         return stop
+
+    def is_complete(self) -> bool:
+        """Return whether all epochs, or `--max-steps`, are done."""
+        limit = self.settings["max_steps"] or math.inf
+        return self.state.epoch >= self.settings["epochs"] or self.state.step >= limit
 
     def evaluation_is_due(self) -> bool:
         """Return whether the epoch that ended last is to be evaluated, and was not yet."""

@@ -50,10 +50,10 @@ from run import Evaluation, Run, open_folder
 from utils import Processes, logger
 
 PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
+DETECTION_FLAGS = ("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates")
 MODEL_FLAGS = (
     *("weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "box_subnet", "anchor_sizes", "anchor_ratios", "sync_bn"),
-    *("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates"),
+    *("assigner", "box_subnet", "anchor_sizes", "anchor_ratios", "sync_bn", *DETECTION_FLAGS),
 )
 EVALUATION_FLAGS = ("eval_batch_size", "workers", "coco_eval", "save_detections", "val_loss")
 ORDER_FLAGS = (
@@ -67,13 +67,18 @@ MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 # What `--test-only` takes from the checkpoint unless a flag says otherwise.
 REMEMBERED_DATA = ("dataset", "data_path", "val_images", "val_annotations")
 REMEMBERED = (*REMEMBERED_DATA, "model", *INFERENCE)
-# What cannot change between the parts of one run, as `args.json` and checkpoints name it.
+# What cannot change between the parts of one run, as `args.json` and checkpoints name it; and what
+# can and is said, as it has a say in the numbers. The other flags have none.
 FIXED = (
     *("seed", "batch_size", "data_augmentation", "aspect_ratio_group_factor", "keep_empty"),
     *("model", "weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "anchor_sizes", "anchor_ratios", "opt", "ema_decay", "amp", "scale_lr"),
+    *("assigner", "anchor_sizes", "anchor_ratios", "ema_decay", "amp", "scale_lr", "sync_bn"),
+    *OPTIMIZER_FLAGS,
 )
-MAY_CHANGE = ("lr", "epochs", "lr_steps", "lr_gamma", "lr_scheduler", "warmup_steps")
+MAY_CHANGE = (
+    *("lr", *SCHEDULE_FLAGS, "clip_grad_norm", "box_subnet", "channels_last", "compile"),
+    *("use_deterministic_algorithms", *DETECTION_FLAGS),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -243,8 +248,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
     if args.device != "cuda" and args.sync_bn:
         raise ValueError("--sync-bn works on CUDA only; leave it out")
-    if args.device != "cuda" and args.amp == "fp16":
-        raise ValueError("--amp fp16 is for CUDA; use --amp bf16 on a CPU")
     if args.dataset == "coco" and not args.data_path:
         needed = PATH_FLAGS[2:] if args.test_only else PATH_FLAGS
         if not all(getattr(args, name) for name in needed):
@@ -491,11 +494,13 @@ def main(args: argparse.Namespace) -> None:
         wrapped = wrap(model, processes.device, processes.world_size, args.compile)
 
         # Resume
-        identity = {"data": train.fingerprint(), "batches_per_step": per_step}
-        identity |= pick(FIXED + MAY_CHANGE)
+        changeable = {"device": processes.device.type, "torch": str(torch.__version__)}
+        changeable |= {"val_data": val.fingerprint(), **pick(MAY_CHANGE)}
+        identity = {"data": train.fingerprint(), "batches_per_step": per_step, **pick(FIXED)}
+        identity |= changeable
         if resume:
             saved = checkpoint.as_own(saved, identity, sampler.steps_per_epoch, resume)
-            checkpoint.check_same_run(saved["args"], identity, MAY_CHANGE, resume)
+            checkpoint.check_same_run(saved["args"], identity, changeable, resume)
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
@@ -505,7 +510,7 @@ def main(args: argparse.Namespace) -> None:
         while not run.is_stopped():
             if run.evaluation_is_due() and not run.evaluate():
                 break
-            if state.epoch >= args.epochs:
+            if run.is_complete():
                 break
             sampler.set_epoch(state.epoch, state.position)
             finished = engine.train_one_epoch(

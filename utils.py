@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import errno
 import fcntl
 import json
 import logging
@@ -372,14 +373,19 @@ def _is_python(process: int) -> bool:
 def lock_folder(folder: Path) -> IO[str]:
     """Claim `folder` until this process ends, however it ends; keep the result.
 
+    A file system that has no locks, as some over cloud storage, is used without, with a warning.
+
     Raises:
         ValueError: if another process holds it.
     """
     file = (folder / ".lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(
-            f"--output-dir {folder}: another run is writing there; wait for it or choose another"
-        ) from None
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise ValueError(
+                f"--output-dir {folder}: another run is writing there; wait for it or choose "
+                "another"
+            ) from None
+        logger.warning("%s cannot be locked (%s): see that no other run writes", folder, error)
     return file

@@ -120,6 +120,21 @@ def test_the_checkpoint_before_stays_at_hand_and_nothing_else(tmp_path: Path) ->
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_file_system_without_links_keeps_the_checkpoint_before_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(target))
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2, 3):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    assert_holds(tmp_path / NEWEST, 3)
+    assert_holds(tmp_path / PREVIOUS, 2)
+    assert checkpoint.is_verified(tmp_path / NEWEST) and checkpoint.is_verified(tmp_path / PREVIOUS)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_a_copy_outlives_its_source(tmp_path: Path, link: bool) -> None:
     checkpoint.save(state(1), tmp_path / NEWEST)

@@ -608,6 +608,10 @@ def test_18_a_run_continues_only_as_itself(
         ("--train-annotations", str(renamed)): ("ellipse", "circle"),
         ("--batch-size", "1"): ("batch_size: 2 → 1",),
         ("--seed", "1"): ("seed: 0 → 1",),
+        ("--wd", "0.05", "--norm-weight-decay", "0"): (
+            "norm_weight_decay: None → 0.0",
+            " wd: 0.0001 → 0.05",
+        ),
         ("--model", "retinanet_resnet34_fpn"): ("retinanet_resnet18_fpn → retinanet_resnet34_fpn",),
     }
     for flags, parts in cases.items():

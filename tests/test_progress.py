@@ -9,13 +9,18 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import progress
 from progress import Progress
+
+Train = Callable[..., Any]
 
 
 def run_on_a_terminal(columns: int, *flags: str) -> tuple[int, str]:
@@ -94,6 +99,18 @@ def test_tensorboard_gets_scalars_and_sample_images(on_a_terminal: tuple[Path, s
     assert max(image.width, image.height) == 64 and len(image.encoded_image_string) > 1000
 
 
+def test_tensorboard_shows_each_step_once_after_a_crash(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = ("--output-dir", folder, "--resume", "auto", "--tensorboard", "--eval-every", "0")
+    train(*flags, "--checkpoint-every", "2", "--max-steps", "4")
+    for name in ("checkpoint.pth", "checkpoint.pth.sha256"):
+        (folder / name).unlink()  # as if it had been killed before the save at step 4
+    train(*flags, "--max-steps", "5")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
 def test_a_terminal_without_a_width_gets_lines(tiny_shapes: Path, tmp_path: Path) -> None:
     status, text = run_on_a_terminal(
         0,
@@ -151,3 +168,10 @@ def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
     assert "50%" in warning and "--workers at least 8 " in warning
     (warning,) = progress.waiting_warnings(0.3, 0)
     assert "--workers as many as there are cores" in warning
+
+
+def test_slow_precision_is_said() -> None:
+    (warning,) = progress.precision_warnings("fp16", torch.device("cpu"))
+    assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
+    assert progress.precision_warnings("bf16", torch.device("cpu")) == []
+    assert progress.precision_warnings("fp16", torch.device("cuda")) == []

@@ -94,6 +94,21 @@ def test_every_flag_is_read_somewhere() -> None:
     assert flags <= read, flags - read
 
 
+def test_every_flag_is_fixed_in_a_run_or_said_when_it_changes_or_has_no_say_in_it() -> None:
+    # Else a resumed run would ignore it in silence, as the optimizer has its settings from there.
+    no_say = {
+        *("dataset", "data_path", *train_script.PATH_FLAGS),  # what the data holds is compared
+        *("accumulate_steps", "device"),  # as batches_per_step, and as what it came to
+        *("output_dir", "resume", "test_only", "max_steps", "checkpoint_every", "keep_checkpoints"),
+        *("workers", "print_freq", "tensorboard"),
+        *("eval_every", "eval_batch_size", "coco_eval", "save_detections", "val_loss"),
+    }
+    groups = [no_say, set(train_script.FIXED), set(train_script.MAY_CHANGE)]
+    flags = set(vars(train_script.parse_args([])))
+    assert set.union(*groups) == flags, set.union(*groups) ^ flags
+    assert sum(map(len, groups)) == len(flags)
+
+
 def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> torch.nn.Module:
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
@@ -335,6 +350,21 @@ def test_resuming_at_the_end_of_an_epoch_equals_a_run_without_a_break(
     assert records[0] == records[1]
 
 
+def test_a_run_at_its_max_steps_stays_there_and_continues_only_as_itself(
+    train: Train, tmp_path: Path
+) -> None:
+    flags = ("--output-dir", tmp_path / "run", "--resume", "auto", "--eval-every", "0")
+    newest = tmp_path / "run" / "checkpoint.pth"
+    train(*flags, "--max-steps", "2")
+    before = newest.read_bytes()
+    done = train(*flags, "--max-steps", "2", "--workers", "1", "--clip-grad-norm", "2")
+    assert "ended after step 2" in done.stdout and newest.read_bytes() == before
+    assert "resuming with another clip_grad_norm: 1.0 → 2.0" in done.stdout
+    done = train(*flags, "--wd", "0.05", check=False)
+    assert done.returncode == 1 and "wd: 0.0001 → 0.05" in done.stderr
+    assert newest.read_bytes() == before
+
+
 def test_another_folder_may_continue_from_a_checkpoint(train: Train, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train("--epochs", "1", "--eval-every", "0", "--output-dir", first)
@@ -373,7 +403,6 @@ WRONG = {
     "test-nothing": (["--test-only"], ["--test-only", "--resume"]),
     "sizes-swapped": (["--min-size", "80"], ["--min-size 80", "--max-size 64"]),
     "no-such-checkpoint": (["--resume", "gone.pth"], ["--resume gone.pth", "does not exist"]),
-    "fp16-on-cpu": (["--amp", "fp16"], ["--amp fp16", "--amp bf16"]),
     "freeze-untrained": (
         ["--trainable-backbone-layers", "3"],
         ["--trainable-backbone-layers", "--weights-backbone"],

@@ -5,6 +5,8 @@ that importing does no work, and that nothing is unpickled, evaluated or given t
 """
 
 import ast
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -247,6 +249,18 @@ def test_the_lock_of_a_killed_run_is_free_while_its_workers_still_end(
     assert first.worker is not None
     os.kill(first.worker, 0)  # it lives
     lock_folder(tmp_path).close()
+
+
+def test_a_file_system_without_locks_is_used_and_that_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: Any, operation: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    lock_folder(tmp_path).close()
+    assert f"{tmp_path} cannot be locked" in caplog.text and "no other run" in caplog.text
 
 
 # --- processes ------------------------------------------------------------------------------------
