@@ -86,6 +86,7 @@ class _Convolution(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Return the gradients of x, weight and bias."""
         x, weight, table = ctx.saved_tensors
         # Gathered anew: keeping it would take nine times the memory of x.
         of_weight = _gather(x, table[: ctx.length]).t() @ grad  # [9 * C, K]

@@ -244,12 +244,11 @@ def build_model(
         weights_backbone: of the backbone, likewise. With either, torchvision freezes the first
             layers and, but for v2 and SSD, batch normalisation; without, all is trained.
         trainable_backbone_layers: counted from the last; None is torchvision's choice.
-        min_size, max_size: of the resized image, pixels; None is torchvision's choice.
+        min_size, max_size: of the resized image, pixels; None is torchvision's, as below.
         assigner, box_subnet: as `retinanet.RetinaNet` takes them, which alone does, as the next.
         anchor_sizes, anchor_ratios: as `make_anchor_generator` takes them.
-        score_thresh, nms_thresh, detections_per_image, topk_candidates: what is detected: above
-            which score, up to which IoU, how many in all, and from how many per level (SSD: per
-            class) before NMS; None is torchvision's choice.
+        score_thresh, nms_thresh, detections_per_image, topk_candidates: above which score, up to
+            which IoU, how many in all, from how many per level (SSD: per class) before NMS.
         sync_bn: batch statistics over all processes.
 
     Raises:
@@ -800,7 +799,9 @@ def wrap(model: nn.Module, device: torch.device, num_processes: int, compiled: b
             model.box_subnet = "dense"  # what is compiled is the head, not what goes around it
         for name, part in model.named_children():
             if name in ("backbone", "head"):
-                part.compile(dynamic=True)
+                # Else Inductor asks for the strides of each convolution's gradients, and has a
+                # graph for one image size alone; then for the next; and after eight none at all.
+                part.compile(dynamic=True, options={"force_layout_optimization": True})
     if num_processes == 1:
         return model
     keeps_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
