@@ -781,11 +781,36 @@ def _move_rows(
     return moved
 
 
-def make_ema(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Return the average of the weights over optimizer steps, with batch statistics as well."""
-    if decay is None:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+class EMA(AveragedModel):
+    """The exponential average of a model's weights over optimizer steps, and of batch statistics.
+
+    It begins with the weights after the first step. What differs from torch's own update: that
+    copies the number of updates to the device, and the host waits for each copy.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.move = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards the weights of `model`."""
+        averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        is_first = self.n_averaged == 0  # which stays on the CPU
+        moving = []
+        for pair in zip(averaged, current, strict=True):
+            if is_first or not pair[0].is_floating_point():  # a number of batches
+                pair[0].copy_(pair[1])
+            else:
+                moving.append(pair)
+        if moving:
+            self.move([mine for mine, _ in moving], [its for _, its in moving], self.n_averaged)
+        self.n_averaged += 1
+
+
+def make_ema(model: nn.Module, decay: float | None) -> EMA | None:
+    """Return the average that `--ema-decay` asks for; None is none."""
+    return None if decay is None else EMA(model, decay)
 
 
 def wrap(model: nn.Module, device: torch.device, num_processes: int, compiled: bool) -> nn.Module:
@@ -823,9 +848,11 @@ def _warm_up(model: DistributedDataParallel, device: torch.device) -> None:
         "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]], device=device),
         "labels": torch.ones(1, dtype=torch.int64, device=device),
     }
+    # Not square: a compiled model would take both sides for one number, and be for squares alone.
+    image = torch.full((3, 64, 96), 0.5, device=device)
     model.train()
     for _ in range(2):  # the buckets are rebuilt when the second forward pass begins
-        losses = model([torch.full((3, 64, 64), 0.5, device=device)], [target])
+        losses = model([image], [target])
         torch.stack(list(losses.values())).sum().backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():

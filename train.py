@@ -387,9 +387,11 @@ def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, An
     if wanted is None:  # a new run, or one of torchvision's scripts
         return accumulate_steps * world_size
     if wanted % world_size:
+        fitting = [str(n) for n in range(1, wanted + 1) if wanted % n == 0]
         raise ValueError(
             f"the run has {wanted} batches per optimizer step, which {world_size} processes cannot "
-            f"share evenly; use a number of processes that divides {wanted}"
+            f"share evenly; continue it on a number of processes that can: {', '.join(fitting)} "
+            "(--accumulate-steps adjusts by itself)"
         )
     if wanted != accumulate_steps * world_size:
         logger.warning("--accumulate-steps %d keeps the global batch", wanted // world_size)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import engine
 import model as model_module
@@ -125,6 +129,56 @@ def test_ema_is_its_closed_form_and_is_what_gets_evaluated(tmp_path: Path) -> No
     averaged = dict(state.model_to_evaluate.named_parameters())[name]
     assert torch.allclose(averaged, expected, rtol=1e-5, atol=1e-7)
     assert not torch.allclose(averaged, history[-1][name], rtol=1e-5, atol=1e-7)
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operators that have tensors on two devices."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.count += len({tensor.device.type for tensor in tensors}) > 1
+        return result
+
+
+@pytest.mark.parametrize("kind", ["ours", "torch"])
+def test_the_host_never_waits_for_the_ema(kind: str) -> None:
+    with torch.device("meta"):  # in place of a GPU: to copy to it is to wait for it
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    ema = make_ema(model, 0.9)
+    if kind == "torch":
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    assert ema is not None
+    with Crossings() as crossings:
+        for _ in range(3):
+            ema.update_parameters(model)
+    assert int(ema.n_averaged) == 3
+    # torch: from the second update on, for weights and for the number of batches.
+    assert crossings.count == (4 if kind == "torch" else 0)
+
+
+def test_the_ema_is_torchs_to_the_bit() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.BatchNorm1d(5, momentum=0.5))
+    ours = make_ema(model, 0.9)
+    assert ours is not None
+    torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(4):
+        model(torch.rand(3, 5))
+        for parameter in model.parameters():
+            parameter.data.add_(torch.rand_like(parameter))
+        for ema in (ours, torchs):
+            ema.update_parameters(model)
+    expected = torchs.module.state_dict()
+    for name, value in ours.module.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, expected[name]), name
+        else:
+            assert value == 4  # as many batches as the model has seen
 
 
 def test_ema_goes_on_after_a_resume_as_if_there_had_been_none(tmp_path: Path) -> None:

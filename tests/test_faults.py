@@ -509,6 +509,7 @@ def test_14_other_numbers_of_processes_train_on_the_same(make_runs: MakeRuns) ->
     done = changing.run(ranks=5, check=False)
     (message,) = [line for line in done.output().splitlines() if line.startswith("error: ")]
     assert "12 batches per optimizer step" in message and "5 processes" in message
+    assert "can: 1, 2, 3, 4, 6, 12 (--accumulate-steps" in message
 
 
 def samples_by_step(record: Path) -> dict[int, list[Any]]:

@@ -109,6 +109,14 @@ def test_every_flag_is_fixed_in_a_run_or_said_when_it_changes_or_has_no_say_in_i
     assert sum(map(len, groups)) == len(flags)
 
 
+def test_a_step_keeps_its_batches_on_other_numbers_of_processes() -> None:
+    of_run = {"args": {"batches_per_step": 8}}
+    assert train_script.batches_per_step(4, 2, {}) == 8
+    assert train_script.batches_per_step(1, 2, of_run) == 8  # not 2
+    with pytest.raises(ValueError, match=r"8 batches .* 3 processes .* can: 1, 2, 4, 8 \("):
+        train_script.batches_per_step(1, 3, of_run)
+
+
 def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> torch.nn.Module:
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18",
