@@ -136,13 +136,13 @@ def run(
         [measuring.in_fresh_process(step_memory, number, settings, steps, batch_size)]
         for number in (0, 1)
     ]
-    memory_of = "n eager" if compile else ""
+    kind = "an eager step" if compile else "a step"  # its process compiles nothing
     unit = f"% of {peak / 1e12:.3g} TFLOP/s"
     return [
         *rows,
         Row("FLOPs per step", "GFLOP", [flops[0] / 1e9], [flops[1] / 1e9]),
         Row("share of the matmul peak", unit, shares[0], shares[1], True),
-        Row(f"peak memory of a{memory_of} step, with weights", "MB", memory[0], memory[1]),
+        Row(f"peak memory of {kind}, with weights", "MB", memory[0], memory[1]),
     ]
 
 
