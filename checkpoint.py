@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from utils import UserError, file_errors
+
 logger = logging.getLogger("retinanet")
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
@@ -32,17 +34,18 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     While the new one replaces it, the old one is at hand as `checkpoint.previous.pth`.
 
     Raises:
-        OSError: names the path, if the disk is full or not writable; what was there is intact.
+        UserError: names the path, if the disk is full or not writable; what was there is intact.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     data = buffer.getbuffer()
     temporary = path.with_name(path.name + ".tmp")
-    _write(temporary, data)
-    if is_verified(path):
-        copy(path, path.with_name(PREVIOUS), link=True)
-    os.replace(temporary, path)
-    _commit(path, hashlib.sha256(data).hexdigest())
+    with file_errors("write", path):
+        _write(temporary, data)
+        if is_verified(path):
+            copy(path, path.with_name(PREVIOUS), link=True)
+        os.replace(temporary, path)
+        _commit(path, hashlib.sha256(data).hexdigest())
 
 
 def copy(source: Path, target: Path, link: bool = False) -> None:
@@ -50,15 +53,19 @@ def copy(source: Path, target: Path, link: bool = False) -> None:
 
     `link` shares the file instead of its content, for a source that is about to be replaced, where
     the file system can: those over cloud storage cannot.
+
+    Raises:
+        UserError: names the path, if it cannot be written.
     """
-    digest = _sidecar(source).read_text().split()[0]
     temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    if not (link and _link(source, temporary)):
-        shutil.copyfile(source, temporary)
-        _sync(temporary)
-    os.replace(temporary, target)
-    _commit(target, digest)
+    with file_errors("write", target):
+        digest = _sidecar(source).read_text().split()[0]
+        temporary.unlink(missing_ok=True)
+        if not (link and _link(source, temporary)):
+            shutil.copyfile(source, temporary)
+            _sync(temporary)
+        os.replace(temporary, target)
+        _commit(target, digest)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -88,7 +95,7 @@ def newest(folder: Path) -> Path | None:
     Each newer one that does not verify is reported.
 
     Raises:
-        ValueError: names every checkpoint in `folder`, if there are some and none verifies.
+        UserError: names every checkpoint in `folder`, if there are some and none verifies.
     """
     older = sorted(folder.glob("*.pth"), key=lambda path: -path.stat().st_mtime_ns)
     candidates = [path for path in older if path.name == NEWEST]
@@ -99,7 +106,7 @@ def newest(folder: Path) -> Path | None:
         logger.warning("%s is damaged: it does not match %s", path, _sidecar(path).name)
     if candidates:
         names = ", ".join(path.name for path in candidates)
-        raise ValueError(
+        raise UserError(
             f"no checkpoint in {folder} verifies ({names}); restore one with its .sha256 from a "
             "copy, or start anew in another --output-dir"
         )
@@ -112,12 +119,12 @@ def load(path: Path) -> dict[str, Any]:
     One of torchvision's scripts is read as well; the `argparse.Namespace` in it becomes a dict.
 
     Raises:
-        ValueError: names the file and the fix, if it is missing, damaged or of another kind.
+        UserError: names the file and the fix, if it is missing, damaged or of another kind.
     """
     if not path.is_file():
-        raise ValueError(f"--resume {path}: the file does not exist")
+        raise UserError(f"--resume {path}: the file does not exist")
     if _sidecar(path).exists() and not is_verified(path):
-        raise ValueError(
+        raise UserError(
             f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
         )
     try:
@@ -126,11 +133,11 @@ def load(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any bytes can be in the file, and raise anything
         reason = str(error).split("\n")[0][:200]
-        raise ValueError(
+        raise UserError(
             f"--resume {path}: not a file of tensors and plain types, or damaged: {reason}"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
     if isinstance(content.get("args"), argparse.Namespace):
         content["args"] = vars(content["args"])
     return content
@@ -146,13 +153,13 @@ def as_own(
     scripts do not remember, such as a seed, is taken from it.
 
     Raises:
-        ValueError: if it cannot be continued, with what it lacks.
+        UserError: if it cannot be continued, with what it lacks.
     """
     if "step" in saved:
         return saved
     missing = [name for name in ("model", "optimizer", "epoch", "args") if name not in saved]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--resume {source}: no checkpoint of a run, it lacks {', '.join(missing)}; to begin "
             "from its weights give it as --weights"
         )
@@ -175,7 +182,7 @@ def as_own(
 def check_same_run(
     saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str], source: Path
 ) -> None:
-    """Raise ValueError, listing old → new, unless a checkpoint continues the run described `now`.
+    """Raise UserError, listing old → new, unless a checkpoint continues the run described `now`.
 
     Settings in `may_change`, such as another learning rate, are legal and said.
     """
@@ -183,7 +190,7 @@ def check_same_run(
     changes = [f"{name}: {saved.get(name)} → {now[name]}" for name in differing]
     refused = [c for name, c in zip(differing, changes, strict=True) if name not in may_change]
     if refused:
-        raise ValueError(
+        raise UserError(
             f"--resume {source} is a run with other settings: {'; '.join(refused)}; give the old "
             "ones, or start anew in another --output-dir (with --weights to begin from its weights)"
         )
@@ -226,10 +233,10 @@ def _write(path: Path, data: bytes | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # a full disk does not say which one
+    except OSError:
         with contextlib.suppress(OSError):
             path.unlink()  # the half of it that fits
-        raise OSError(error.errno, error.strerror, str(path).removesuffix(".tmp")) from None
+        raise
 
 
 def _sync(path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import Processes
+from utils import Processes, UserError
 
 BACKENDS = ("hotcoco", "pycocotools")
 METRICS = (
@@ -100,7 +100,7 @@ class CocoEvaluator:
             an image in the order of the model.
 
         Raises:
-            ValueError: on rank 0, if a number is not finite: NaN overlaps whatever it meets.
+            UserError: on rank 0, if a number is not finite: NaN overlaps whatever it meets.
         """
         rows = gather_rows(np.concatenate(self.rows or [np.empty((0, 7))]), processes)
         if rows is not None:
@@ -108,10 +108,10 @@ class CocoEvaluator:
         return rows
 
     def require_finite(self, rows: np.ndarray, what: str) -> None:
-        """Raise ValueError for `rows` that hold more than finite numbers; images come first."""
+        """Raise UserError for `rows` that hold more than finite numbers; images come first."""
         broken = self.sorted_ids[np.unique(rows[~np.isfinite(rows).all(axis=1), 0]).astype(int)]
         if len(broken):
-            raise ValueError(
+            raise UserError(
                 f"{what} on {len(broken)} images are not finite (image ids {broken[:10].tolist()}),"
                 " so there is nothing to compare; the weights are broken, use earlier ones"
             )

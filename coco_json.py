@@ -25,6 +25,8 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from utils import UserError
+
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 2**30 / 4 / 3
 # A side below this many pixels may round to zero when the model resizes it, and log(0) is NaN.
 MIN_SIDE = 1e-3
@@ -215,7 +217,7 @@ def read_annotations(path: Path) -> tuple[Annotations, list[Finding]]:
         The arrays, and the warnings.
 
     Raises:
-        ValueError: with all errors listed, if the file is missing, is not such JSON, or has errors
+        UserError: with all errors listed, if the file is missing, is not such JSON, or has errors
             in it.
     """
     annotations, findings = examine(path)
@@ -225,10 +227,10 @@ def read_annotations(path: Path) -> tuple[Annotations, list[Finding]]:
 
 
 def require_no_errors(path: Path, findings: Sequence[Finding]) -> None:
-    """Raise ValueError that lists all errors among `findings` about `path`, if there are any."""
+    """Raise UserError that lists all errors among `findings` about `path`, if there are any."""
     errors = [found for found in findings if found.severity == "error"]
     if errors:
-        raise ValueError("\n  ".join([f"{path} cannot be used", *map(str, errors)]))
+        raise UserError("\n  ".join([f"{path} cannot be used", *map(str, errors)]))
 
 
 def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
@@ -238,10 +240,10 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     exist are not in them.
 
     Raises:
-        ValueError: if there is no such file.
+        UserError: if there is no such file.
     """
     if not path.is_file():
-        raise ValueError(f"the annotation file {path} does not exist; check --data-path")
+        raise UserError(f"the annotation file {path} does not exist; check --data-path")
     if path.stat().st_size == 0:
         return None, finding("annotation file that is empty", [path.name])
     with path.open("rb") as file:  # a private copy, of which only pages written to take room

@@ -26,6 +26,7 @@ from torchvision.transforms import v2
 
 import coco_json
 from coco_json import Annotations, Finding, read_annotations
+from utils import UserError, derive_seed
 
 __all__ = [
     "Annotations",
@@ -74,18 +75,18 @@ def num_classes(label_map: Sequence[dict[str, Any]]) -> int:
 def require_same_classes(
     label_map: Sequence[dict[str, Any]], annotations: Annotations, source: str
 ) -> None:
-    """Raise ValueError unless `annotations` have the classes of `label_map`, which `source` has."""
+    """Raise UserError unless `annotations` have the classes of `label_map`, which `source` has."""
     expected = {category["name"] for category in label_map}
     given = {name for _, name in annotations.categories}
     if expected != given:
-        raise ValueError(
+        raise UserError(
             f"{annotations.path} and {source} name different classes: only the former has "
             f"{sorted(given - expected)[:10]}, only the latter {sorted(expected - given)[:10]}; "
             "give data with the same classes"
         )
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be read as its annotations say; `rule` is one of `coco_json.RULES`."""
 
     def __init__(self, message: str, rule: str = "") -> None:
@@ -143,7 +144,7 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         if self.transforms is not None:
             with torch.random.fork_rng(devices=[]):
                 # Of the CPU alone: `torch.manual_seed` takes as long as a fifth of decoding.
-                torch.default_generator.manual_seed(_sample_seed(self.seed, epoch, index))
+                torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
                 image, target = self.transforms(image, target)
         return image.as_subclass(torch.Tensor), {
             name: value.as_subclass(torch.Tensor) for name, value in target.items()
@@ -175,10 +176,6 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
                 "take it out of the annotations (python -m tools.check_data finds all such images)",
                 error.rule,
             ) from None
-
-
-def _sample_seed(*parts: int) -> int:  # utils.derive_seed, which this file may not import
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
 def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:

@@ -20,6 +20,7 @@ import numpy as np
 
 import coco_json
 from coco_json import Annotations, Finding
+from utils import UserError
 
 CACHED_FROM = 50_000_000  # bytes: smaller files are read in 0.3 s, which is not worth a copy
 ARRAYS = (
@@ -74,7 +75,7 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     """Do what `coco_json.examine` does; for a large file without errors only once per machine.
 
     Raises:
-        ValueError: if there is no such file.
+        UserError: if there is no such file.
     """
     if not path.is_file() or path.stat().st_size < CACHED_FROM:
         return coco_json.examine(path)
@@ -93,7 +94,7 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     try:
         name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
         return built_once(folder() / "annotations" / f"{path.stem}-{name}", load, build)
-    except ValueError:  # with errors in it, it is not kept
+    except UserError:  # with errors in it, it is not kept
         return examined[0]
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         annotations, findings = examined[0] if examined else coco_json.examine(path)

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import utils
 from coco_eval import Analysis, CocoEvaluator, gather_rows, scores_of
-from utils import Processes, logger
+from utils import Processes, UserError, logger
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
@@ -129,7 +129,7 @@ def train_one_epoch(
         Whether the epoch was finished.
 
     Raises:
-        FloatingPointError: on every process at the same step, before the step is taken, if a loss
+        UserError: on every process at the same step, before the step is taken, if a loss
             is not finite; the process where it happened names the images.
     """
     model.train()
@@ -229,7 +229,7 @@ def _raise_not_finite(
     if not all(bool(value.isfinite()) for value in sums.values()):
         image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
         logger.error("the loss is not finite on the images with the ids %s", image_ids)
-    raise FloatingPointError(
+    raise UserError(
         f"the loss of step {step} is not finite ({means}); the step was not taken, and checkpoints "
         "are of steps before it. Check the boxes of these images (python -m tools.check_data), or "
         "go on from a checkpoint with a lower --lr or with --clip-grad-norm 1"

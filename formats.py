@@ -24,6 +24,7 @@ from PIL import Image
 
 import data_cache
 from coco_utils import IMAGE_FORMATS
+from utils import UserError
 
 LAYOUTS = ("voc", "yolo")
 SPLITS = ("train", "val")
@@ -64,10 +65,10 @@ def coco_paths(layout: str, root: Path) -> dict[str, Path]:
         "train_images", "train_annotations", "val_images" and "val_annotations".
 
     Raises:
-        ValueError: lists what the folder lacks, or what is wrong in its files.
+        UserError: lists what the folder lacks, or what is wrong in its files.
     """
     if not root.is_dir():
-        raise ValueError(f"--data-path {root} is no folder; --dataset {layout} needs one")
+        raise UserError(f"--data-path {root} is no folder; --dataset {layout} needs one")
     root = root.resolve()
     names, splits = _find_voc(root) if layout == "voc" else _find_yolo(root)
     key = _key(root, splits)
@@ -92,7 +93,7 @@ def coco_paths(layout: str, root: Path) -> dict[str, Path]:
     try:
         return data_cache.built_once(data_cache.folder() / layout / name, load, build)
     except OSError as error:
-        raise ValueError(f"cannot keep {root} as COCO JSON: {error}; set XDG_CACHE_HOME") from None
+        raise UserError(f"cannot keep {root} as COCO JSON: {error}; set XDG_CACHE_HOME") from None
 
 
 def _key(root: Path, splits: dict[str, _Split]) -> str:
@@ -112,7 +113,7 @@ def _convert(
     """Let hotcoco `read` a folder of numbered files, and give the images their names back.
 
     Raises:
-        ValueError: lists the files that hotcoco refuses, with its reasons.
+        UserError: lists the files that hotcoco refuses, with its reasons.
     """
 
     def convert(numbers: Sequence[int]) -> dict[str, Any]:
@@ -123,12 +124,12 @@ def _convert(
 
     try:
         dataset = convert(range(len(sources)))
-    except ValueError:  # it names the first
+    except UserError:  # it names the first
         wrong = []
         for number, label in enumerate(split.labels):
             try:
                 convert([number])
-            except ValueError as error:
+            except UserError as error:
                 wrong.append(f"{label}: {str(error).split(': ', 2)[-1]}")
         _require_none(wrong, "label files that cannot be read", "correct them")
         raise
@@ -164,10 +165,10 @@ def _number_categories(dataset: dict[str, Any], names: list[str]) -> None:
 
 
 def _require_none(wrong: Sequence[str], problem: str, fix: str) -> None:
-    """Raise ValueError with the first ten of `wrong` and how many there are, if there are any."""
+    """Raise UserError with the first ten of `wrong` and how many there are, if there are any."""
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(f"{problem}: {'; '.join(wrong[:10])}{more} ({fix})")
+        raise UserError(f"{problem}: {'; '.join(wrong[:10])}{more} ({fix})")
 
 
 def _find_voc(root: Path) -> tuple[list[str], dict[str, _Split]]:
@@ -184,7 +185,7 @@ def _find_voc(root: Path) -> tuple[list[str], dict[str, _Split]]:
         elif folder is not None:
             labels = sorted(folder.rglob("*.xml"))
         else:
-            raise ValueError(
+            raise UserError(
                 f"--data-path {root} has neither ImageSets/Main/{split}.txt, as VOC2012 has, nor a "
                 f"folder {split} with images and XML files; give the folder that has"
             )
@@ -240,14 +241,14 @@ def _find_yolo(root: Path) -> tuple[list[str], dict[str, _Split]]:
     """Find the class names and the folders of images that data.yaml tells."""
     found = sorted(root.glob("*.y*ml"))
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"--data-path {root} has {len(found)} YAML files; give the folder that has one, "
             "data.yaml, with names, train and val"
         )
     text = found[0].read_text(encoding="utf-8-sig")
     names, count = _yaml_values(text, "names"), _yaml_values(text, "nc")
     if not names or count not in ([], [str(len(names))]) or len(set(names)) < len(names):
-        raise ValueError(f"{found[0]}: nc is {count}, names are {names}; name each class once")
+        raise UserError(f"{found[0]}: nc is {count}, names are {names}; name each class once")
     splits = {}
     for split in SPLITS:
         given = _yaml_values(text, split)
@@ -256,7 +257,7 @@ def _find_yolo(root: Path) -> tuple[list[str], dict[str, _Split]]:
         ways = [base / way for base in bases for way in (*given, *(g[3:] for g in given))]
         folder = next((way.resolve() for way in ways if way.is_dir()), None)
         if folder is None or len(given) != 1:
-            raise ValueError(f"{found[0]}: {split}: {given}: give one folder of images")
+            raise UserError(f"{found[0]}: {split}: {given}: give one folder of images")
         splits[split] = _find_labels(folder)
     return names, splits
 
@@ -271,7 +272,7 @@ def _yaml_values(text: str, key: str) -> list[str]:
         values += _YAML_VALUE.findall(re.sub(r"(^|\s)#.*|^\s*-\s+", "", line))
     numbers = [int(number) for number, _ in values if number]
     if numbers and numbers != list(range(len(values))):
-        raise ValueError(f"data.yaml: {key}: number the entries from 0, in order: {numbers}")
+        raise UserError(f"data.yaml: {key}: number the entries from 0, in order: {numbers}")
     return [value.strip().strip("\"'") for _, value in values]
 
 

@@ -38,6 +38,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import retinanet
 from folding import fold_frozen_batch_norm
+from utils import UserError
 
 logger = logging.getLogger("retinanet")
 
@@ -189,14 +190,14 @@ def model_names() -> list[str]:
 
 
 def check_model_name(name: str) -> None:
-    """Raise ValueError, with the reason, for a model that `build_model` does not take."""
+    """Raise UserError, with the reason, for a model that `build_model` does not take."""
     if name.startswith(("maskrcnn", "keypointrcnn")):
-        raise ValueError(
+        raise UserError(
             f"--model {name} predicts more than boxes, and masks and keypoints are not read here; "
             "choose a box detector, such as fasterrcnn_resnet50_fpn"
         )
     if name not in model_names():
-        raise ValueError(f"--model {name} is unknown; choose one of {', '.join(model_names())}")
+        raise UserError(f"--model {name} is unknown; choose one of {', '.join(model_names())}")
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def build_model(
         sync_bn: batch statistics over all processes.
 
     Raises:
-        ValueError: names the flag and the fix, for an unknown name or setting and for weights that
+        UserError: names the flag and the fix, for an unknown name or setting and for weights that
             are not there or do not fit.
     """
     check_model_name(name)
@@ -260,7 +261,7 @@ def build_model(
     given = {"min_size": min_size, "max_size": max_size}
     sizes = {key: value for key, value in given.items() if value is not None}
     if sizes and name.startswith("ssd"):
-        raise ValueError(f"--min-size and --max-size: {name} has one fixed size; leave them out")
+        raise UserError(f"--min-size and --max-size: {name} has one fixed size; leave them out")
     if not name.startswith("retinanet"):
         _refuse_for_others(name, assigner, box_subnet, anchor_sizes, anchor_ratios)
     backbone = None
@@ -269,7 +270,7 @@ def build_model(
     # ssdlite alone shrinks its backbone when that was not trained before it became a detector.
     is_trained = bool(weights_backbone or (weights and not name.startswith("ssdlite")))
     if trainable_backbone_layers is not None and not is_trained:
-        raise ValueError(
+        raise UserError(
             "--trainable-backbone-layers freezes layers that nobody trained; leave it "
             "out, or give --weights-backbone or --weights"
         )
@@ -317,17 +318,17 @@ def _refuse_for_others(
     anchor_ratios: Sequence[float] | None,
 ) -> None:
     if assigner != "torchvision":
-        raise ValueError(f"--assigner {assigner} is for RetinaNet, not for {name}")
+        raise UserError(f"--assigner {assigner} is for RetinaNet, not for {name}")
     if box_subnet is not None:
-        raise ValueError(f"--box-subnet {box_subnet} is for RetinaNet, not for {name}")
+        raise UserError(f"--box-subnet {box_subnet} is for RetinaNet, not for {name}")
     for flag, values in (("sizes", anchor_sizes), ("ratios", anchor_ratios)):
         if values is not None:
             given = " ".join(map(str, values))
-            raise ValueError(f"--anchor-{flag} {given}: only RetinaNet takes it, {name} does not")
+            raise UserError(f"--anchor-{flag} {given}: only RetinaNet takes it, {name} does not")
 
 
 def _refuse_new_classes(weights: str, new: list[str]) -> None:
-    raise ValueError(
+    raise UserError(
         f"--weights {weights} do not know the classes {', '.join(new[:10])}, so there is "
         "nothing to test; train on them first, or give data with the weights' classes"
     )
@@ -355,17 +356,17 @@ def make_anchor_generator(
         ratios: height / width. None is, for both, torchvision's choice, which is the paper's.
 
     Raises:
-        ValueError: if the numbers or their number cannot be.
+        UserError: if the numbers or their number cannot be.
     """
     sizes = ANCHOR_SIZES if sizes is None else sizes
     ratios = ANCHOR_RATIOS if ratios is None else ratios
     if len(sizes) != len(ANCHOR_SIZES) or min(sizes) <= 0:
-        raise ValueError(
+        raise UserError(
             f"--anchor-sizes {' '.join(map(str, sizes))}: give five positive numbers, one for each "
             "of the levels P3 to P7, such as 32 64 128 256 512"
         )
     if not ratios or min(ratios) <= 0:
-        raise ValueError(
+        raise UserError(
             f"--anchor-ratios {' '.join(map(str, ratios))}: give positive numbers, height / width, "
             "such as 0.5 1 2"
         )
@@ -378,7 +379,7 @@ def _set_post_processing(stage: nn.Module, name: str, **values: float | None) ->
         if value is None:
             continue
         if not hasattr(stage, attribute):  # Faster R-CNN chooses its candidates in two stages
-            raise ValueError(
+            raise UserError(
                 f"--{attribute.replace('_', '-')} {value}: {name} has none; leave it out"
             )
         setattr(stage, attribute, value)
@@ -421,20 +422,20 @@ def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> N
     """Load a checkpoint, its averaged weights if it has some, or a plain state dict, to evaluate.
 
     Raises:
-        ValueError: if it is of another architecture or number of classes.
+        UserError: if it is of another architecture or number of classes.
     """
     state = content.get("ema") or content.get("model") or content
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split("\n")[:2])[:300]
-        raise ValueError(
+        raise UserError(
             f"--resume {source} does not fit --model and the classes: {reason}"
         ) from None
     # Frozen batch normalisation counts no batches, and counts as the other for inference.
     wrong = [k for k in [*missing, *unexpected] if not k.endswith("num_batches_tracked")]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--resume {source} does not fit --model: {len(wrong)} tensors differ, as {wrong[0]}"
         )
 
@@ -457,12 +458,12 @@ def load_detector(
         The detector in evaluation mode, and its classes: `{"id", "name", "label"}` each.
 
     Raises:
-        ValueError: says what is wrong with `source`.
+        UserError: says what is wrong with `source`.
     """
     weights = read_weights(source, "detector")
     if weights.published is None:
         if not weights.settings or weights.label_map is None:
-            raise ValueError(f"{source} is no checkpoint of train.py: it does not name its classes")
+            raise UserError(f"{source} is no checkpoint of train.py: it does not name its classes")
         label_map = [dict(category) for category in weights.label_map]
         settings = {k: weights.settings[k] for k in INFERENCE if k in weights.settings}
         name = weights.settings["model"]
@@ -474,7 +475,7 @@ def load_detector(
             (n for n in names if weights.published in list(models.get_model_weights(n))), ""
         )
         if not name or weights.label_map is None:
-            raise ValueError(f"{source}: not weights of a box detector")
+            raise UserError(f"{source}: not weights of a box detector")
         label_map = [{"id": c["label"], **c} for c in weights.label_map]
         model = build_model(name, label_map, load=False, weights=source, **post_processing)
         load_weights(model, weights, label_map)
@@ -554,7 +555,7 @@ def _backbone_state(weights: Weights | None, architecture: str) -> dict[str, Ten
         if not optional.search(key) and (key not in given or given[key].shape != value.shape)
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--weights-backbone {weights.source} is not a {architecture}: {len(wrong)} of its "
             f"tensors are missing or of another shape, such as {wrong[0]}"
         )
@@ -613,7 +614,7 @@ def read_weights(source: str, flag: str) -> Weights:
     preferred. Only tensors and plain types are ever unpickled.
 
     Raises:
-        ValueError: names `flag`, the file, and where to put it.
+        UserError: names `flag`, the file, and where to put it.
     """
     path = Path(source)
     if path.is_file():
@@ -623,11 +624,11 @@ def read_weights(source: str, flag: str) -> Weights:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # any bytes can be in the file, and raise anything
             reason = str(error).split("\n")[0][:200]
-            raise ValueError(
+            raise UserError(
                 f"{flag} {source}: not a file of tensors and plain types, or damaged: {reason}"
             ) from None
         if not isinstance(content, dict):
-            raise ValueError(f"{flag} {source}: holds a {type(content).__name__}, not weights")
+            raise UserError(f"{flag} {source}: holds a {type(content).__name__}, not weights")
         state = content.get("ema") or content.get("model") or content
         if content.get("ema"):
             logger.info("%s %s: of its weights the averaged ones (EMA) are taken", flag[2:], source)
@@ -640,7 +641,7 @@ def read_weights(source: str, flag: str) -> Weights:
     try:
         weights = models.get_weight(source)
     except (AttributeError, KeyError, ValueError):
-        raise ValueError(
+        raise UserError(
             f"{flag} {source}: neither a file nor the name of torchvision weights, which look like "
             "ResNet50_Weights.IMAGENET1K_V1"
         ) from None
@@ -648,13 +649,13 @@ def read_weights(source: str, flag: str) -> Weights:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (URLError, OSError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
-        raise ValueError(
+        raise UserError(
             f"{flag} {source}: {Path(weights.url).name} is not in {cache} and cannot be downloaded "
             f"({error}); put the file there, or give its path instead of the name"
         ) from None
     except Exception as error:  # any bytes can be in the cached file, too
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise ValueError(
+        raise UserError(
             f"{flag} {source}: {cached} is damaged ({str(error)[:200]}); delete it to load it anew"
         ) from None
     return _named_weights(source, state, weights, None)
@@ -689,7 +690,7 @@ def load_weights(
         The names of the classes in `label_map` that are new.
 
     Raises:
-        ValueError: if the weights are those of another architecture.
+        UserError: if the weights are those of another architecture.
     """
     own, state, new = model.state_dict(), dict(weights.state), []
     _require_same_anchors(own, state, weights.source)
@@ -709,11 +710,11 @@ def load_weights(
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         reason = str(error).split("\n")[1].strip()
-        raise ValueError(f"--weights {weights.source} do not fit --model: {reason}") from None
+        raise UserError(f"--weights {weights.source} do not fit --model: {reason}") from None
     missing = [key for key in missing if not key.endswith("num_batches_tracked")]
     unexpected = [key for key in unexpected if not key.endswith("num_batches_tracked")]
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"--weights {weights.source} do not fit --model: {len(missing)} tensors are missing "
             f"{missing[:3]}, {len(unexpected)} are not known {unexpected[:3]}"
         )
@@ -735,7 +736,7 @@ def _require_same_anchors(
     if key not in own or known != {k for k in state if k.startswith("head.")}:
         return  # another detector, which loading it says
     if len(own[key]) != len(state[key]):
-        raise ValueError(
+        raise UserError(
             f"--weights {source} know {len(state[key]) // 4} anchors per place, and "
             f"--anchor-ratios make {len(own[key]) // 4}; give as many ratios as they were trained "
             "with, or train from --weights-backbone"

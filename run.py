@@ -27,7 +27,7 @@ import engine
 import progress
 import utils
 from model import mixed_precision
-from utils import Processes, logger
+from utils import Processes, UserError, file_errors, logger
 
 SAMPLES = 4  # images that TensorBoard shows at a time
 SHOWN_SCORE = 0.5  # of detections there
@@ -43,8 +43,7 @@ def open_folder(
     """Start the log, claim a run's folder until `stack` closes; return the checkpoint to load.
 
     Raises:
-        ValueError: if the folder holds a run that `resume` does not continue, or is being written.
-        OSError: if it cannot be written.
+        UserError: if the folder holds a run that `resume` does not continue, or is being written.
     """
     path = Path(resume) if resume and resume != "auto" else None
     if test_only:
@@ -60,7 +59,7 @@ def open_folder(
             checkpoint.remove_leftovers(folder)
             return checkpoint.newest(folder)
         if (folder / "args.json").exists():
-            raise ValueError(
+            raise UserError(
                 f"--output-dir {folder} holds a run; continue it with --resume auto, or choose "
                 "another --output-dir"
             )
@@ -281,10 +280,8 @@ class Run:
         model = self.state.model_to_evaluate
         # Batch statistics are each process's own; a checkpoint has those of rank 0.
         self.processes.equalize(model.buffers())
-        try:
+        with file_errors("write", place):
             finished, metrics = self.evaluation.run(model, place)
-        except OSError as error:
-            raise OSError(f"cannot write {place}: {error}") from None
         if not finished:
             return False
         ap = self.processes.broadcast(metrics.get("AP"))
@@ -302,18 +299,14 @@ class Run:
         """Write checkpoint.pth on rank 0, and a copy called `name`; if that fails, fail everywhere.
 
         Raises:
-            OSError: on every process, with the path.
+            UserError: on every process, with the path.
         """
         path = self.folder / checkpoint.NEWEST
 
         def write() -> None:
-            """Save, and say which file an error is about."""
-            try:
-                checkpoint.save(self.state.state_dict() | self.extra, path)
-                if name is not None:
-                    self._keep(name)
-            except OSError as error:
-                raise OSError(f"cannot write {path}: {error}") from None
+            checkpoint.save(self.state.state_dict() | self.extra, path)
+            if name is not None:
+                self._keep(name)
 
         self.processes.on_main(write)
 

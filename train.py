@@ -14,7 +14,6 @@ import contextlib
 import functools
 import math
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ from model import (
 )
 from progress import RECIPE_BATCH
 from run import Evaluation, Run, open_folder
-from utils import Processes, logger
+from utils import Processes, UserError, logger
 
 PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
 DETECTION_FLAGS = ("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates")
@@ -205,7 +204,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise ValueError for values that cannot work, before any data is read."""
+    """Raise UserError for values that cannot work, before any data is read."""
     check_model_name(args.model)
     positive = ("batch_size", "epochs", "lr", "accumulate_steps", "eval_batch_size", "print_freq")
     optional = (
@@ -215,7 +214,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in positive + optional:
         value = getattr(args, name)
         if value is not None and value <= 0 or value is None and name in positive:
-            raise ValueError(f"{_flag(name)} {value}: must be greater than 0")
+            raise UserError(f"{_flag(name)} {value}: must be greater than 0")
     for name in (
         "keep_checkpoints",
         "workers",
@@ -227,35 +226,33 @@ def check_flags(args: argparse.Namespace) -> None:
         "eval_every",
     ):
         if (getattr(args, name) or 0) < 0:
-            raise ValueError(f"{_flag(name)} {getattr(args, name)}: must not be negative")
+            raise UserError(f"{_flag(name)} {getattr(args, name)}: must not be negative")
     if args.lr_steps != sorted(set(args.lr_steps)):
-        raise ValueError(f"--lr-steps {args.lr_steps}: epochs must increase, such as 16 22")
+        raise UserError(f"--lr-steps {args.lr_steps}: epochs must increase, such as 16 22")
     if args.ema_decay is not None and args.ema_decay >= 1:
-        raise ValueError(f"--ema-decay {args.ema_decay}: must be below 1, such as 0.9998")
+        raise UserError(f"--ema-decay {args.ema_decay}: must be below 1, such as 0.9998")
     if args.trainable_backbone_layers is not None and not 0 <= args.trainable_backbone_layers <= 6:
-        raise ValueError(
-            f"--trainable-backbone-layers {args.trainable_backbone_layers}: use 0 to 5"
-        )
+        raise UserError(f"--trainable-backbone-layers {args.trainable_backbone_layers}: use 0 to 5")
     for name in ("score_thresh", "nms_thresh"):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            raise ValueError(f"{_flag(name)} {getattr(args, name)}: must be between 0 and 1")
+            raise UserError(f"{_flag(name)} {getattr(args, name)}: must be between 0 and 1")
     make_anchor_generator(args.anchor_sizes, args.anchor_ratios)
     if args.min_size and args.max_size and args.min_size > args.max_size:
-        raise ValueError(f"--min-size {args.min_size} is larger than --max-size {args.max_size}")
+        raise UserError(f"--min-size {args.min_size} is larger than --max-size {args.max_size}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
+        raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.compile and args.box_subnet == "sparse":
-        raise ValueError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
+        raise UserError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
     if args.device != "cuda" and args.sync_bn:
-        raise ValueError("--sync-bn works on CUDA only; leave it out")
+        raise UserError("--sync-bn works on CUDA only; leave it out")
     if args.dataset == "coco" and not args.data_path:
         needed = PATH_FLAGS[2:] if args.test_only else PATH_FLAGS
         if not all(getattr(args, name) for name in needed):
-            raise ValueError("--data-path is missing: a folder in COCO layout, or --dataset shapes")
+            raise UserError("--data-path is missing: a folder in COCO layout, or --dataset shapes")
     if args.dataset in formats.LAYOUTS and not args.data_path:
-        raise ValueError(f"--data-path is missing: the folder for --dataset {args.dataset}")
+        raise UserError(f"--data-path is missing: the folder for --dataset {args.dataset}")
     if args.test_only and not args.resume and not args.weights:
-        raise ValueError("--test-only needs what to test: --resume CHECKPOINT or --weights NAME")
+        raise UserError("--test-only needs what to test: --resume CHECKPOINT or --weights NAME")
 
 
 def _flag(name: str) -> str:
@@ -281,7 +278,7 @@ def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_util
     """Read the annotations of `splits`, log all warnings, and see that the images are there.
 
     Raises:
-        ValueError: lists what is missing or wrong, in all splits.
+        UserError: lists what is missing or wrong, in all splits.
     """
     read, problems = [], []
     for split in splits:
@@ -294,7 +291,7 @@ def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_util
             if packed is not None:
                 findings += coco_utils.missing_images(packed, images)
             coco_json.require_no_errors(annotations, findings)
-        except ValueError as error:
+        except UserError as error:
             problems.append(str(error))
             continue
         assert packed is not None
@@ -302,7 +299,7 @@ def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_util
         for warning in findings:
             logger.warning("%s: %s", annotations.name, warning)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return read
 
 
@@ -381,14 +378,14 @@ def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, An
     more processes.
 
     Raises:
-        ValueError: names what would keep the number, if this does not divide.
+        UserError: names what would keep the number, if this does not divide.
     """
     wanted = saved.get("args", {}).get("batches_per_step")
     if wanted is None:  # a new run, or one of torchvision's scripts
         return accumulate_steps * world_size
     if wanted % world_size:
         fitting = [str(n) for n in range(1, wanted + 1) if wanted % n == 0]
-        raise ValueError(
+        raise UserError(
             f"the run has {wanted} batches per optimizer step, which {world_size} processes cannot "
             f"share evenly; continue it on a number of processes that can: {', '.join(fitting)} "
             "(--accumulate-steps adjusts by itself)"
@@ -536,11 +533,8 @@ def run_from_command_line() -> None:
     except utils.PeerError as error:
         print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except UserError as error:
         is_image = isinstance(error, coco_utils.ImageError)
-        origin = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not is_image and origin.parent != Path(__file__).parent:
-            raise  # nobody wrote this message for the user
         # All processes see the same flags and data, so one speaks; an image only one process saw.
         if utils.launch_rank() == 0 or is_image:
             text = str(error).strip()

@@ -40,6 +40,13 @@ LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is 
 T = TypeVar("T")
 
 
+class UserError(Exception):
+    """What a user can mend: the message names the flag or the file, and the fix.
+
+    Commands print the message without a traceback. Every other exception keeps its traceback.
+    """
+
+
 class PeerError(Exception):
     """Another process of the run died, or does not answer."""
 
@@ -79,19 +86,18 @@ class Processes:
 
         Raises:
             PeerError: names those that did not come.
-            ValueError, OSError: on every process, with its text, if `action` raises one.
+            UserError: on every process, with its text, if `action` raises one.
         """
         self.barrier()
         result, problem = None, None
         if self.is_main:
             try:
                 result = action()
-            except (ValueError, OSError) as error:
-                problem = (isinstance(error, OSError), str(error))
+            except UserError as error:
+                problem = str(error)
         result, problem = self.broadcast((result, problem))
         if problem is not None:
-            is_of_system, text = problem
-            raise (OSError if is_of_system else ValueError)(text)
+            raise UserError(problem)
         return result
 
     def sum(self, values: list[float]) -> list[float]:
@@ -244,19 +250,37 @@ def derive_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
+@contextmanager
+def file_errors(verb: str, path: Path | str) -> Iterator[None]:
+    """Turn an `OSError` into a `UserError`: "cannot write /runs/log.txt: No space left on device".
+
+    Args:
+        verb: what is done to the file: "read", "write", "create".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from error
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Call the `main` of a command and exit with its status; print a `UserError` as one message."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append `record` as one line of JSON and see it to the disk.
 
     Raises:
-        OSError: names the path.
+        UserError: if the file cannot be written.
     """
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:  # a full disk does not say which one
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    with file_errors("write", path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -376,14 +400,14 @@ def lock_folder(folder: Path) -> IO[str]:
     A file system that has no locks, as some over cloud storage, is used without, with a warning.
 
     Raises:
-        ValueError: if another process holds it.
+        UserError: if another process holds it.
     """
     file = (folder / ".lock").open("w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ValueError(
+            raise UserError(
                 f"--output-dir {folder}: another run is writing there; wait for it or choose "
                 "another"
             ) from None

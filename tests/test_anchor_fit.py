@@ -22,6 +22,7 @@ import retinanet
 import train as train_script
 from model import build_model, load_detector, make_anchor_generator
 from tools import anchor_fit, visualize
+from utils import UserError
 
 LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Train = Callable[..., Any]
@@ -122,9 +123,9 @@ def test_good_anchors_are_kept_and_too_small_boxes_said(
 
 def test_what_cannot_be_fitted_is_said(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "crowds", [40], crowd=True))
-    with pytest.raises(ValueError, match="has no boxes"):
+    with pytest.raises(UserError, match="has no boxes"):
         visualize.main(["anchor-fit", "--data-path", folder])
-    with pytest.raises(ValueError, match="--model fcos_resnet50_fpn: anchors are .* RetinaNet"):
+    with pytest.raises(UserError, match="--model fcos_resnet50_fpn: anchors are .* RetinaNet"):
         visualize.main(["anchor-fit", "--data-path", folder, "--model", "fcos_resnet50_fpn"])
 
 
@@ -148,7 +149,7 @@ def test_the_default_anchors_are_torchvisions() -> None:
 )
 def test_anchors_that_cannot_be_are_refused(flags: list[str], message: str) -> None:
     given = train_script.build_parser().parse_args([*flags, "--dataset", "shapes"])
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         train_script.check_flags(given)
 
 
@@ -180,5 +181,5 @@ def test_a_checkpoint_remembers_its_anchors(train: Train, tmp_path: Path) -> Non
     assert model.anchor_generator.aspect_ratios == ((0.5, 1.5),) * 5
     saved = checkpoint.load(path)
     assert {"anchor_sizes", "anchor_ratios"} <= set(train_script.FIXED)
-    with pytest.raises(ValueError, match="know 6 anchors per place, and --anchor-ratios make 9"):
+    with pytest.raises(UserError, match="know 6 anchors per place, and --anchor-ratios make 9"):
         build_model("retinanet_resnet18_fpn", saved["categories"], weights=str(path))

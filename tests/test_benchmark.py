@@ -20,6 +20,7 @@ from torchvision.io import read_image
 import retinanet
 from tools import benchmark, benchmark_data, benchmark_eval, benchmark_loader, benchmark_step
 from tools.measuring import Row, in_turn
+from utils import UserError
 
 TINY_STEP = ("step", "--device", "cpu", "--model", "retinanet_resnet18_fpn", "--min-size", "64")
 TINY_STEP += ("--max-size", "96", "--steps", "1", "--repeats", "1")
@@ -241,7 +242,7 @@ def test_flops_of_a_dense_box_subnet_are_torchvisions() -> None:
 
 
 def test_tf32_on_a_cpu_is_refused_with_the_fix() -> None:
-    with pytest.raises(ValueError, match="--dtype tf32 is for --device cuda; use fp32"):
+    with pytest.raises(UserError, match="--dtype tf32 is for --device cuda; use fp32"):
         benchmark.main([*TINY_STEP, "--dtype", "tf32"])
 
 

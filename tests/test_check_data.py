@@ -22,6 +22,7 @@ from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 import coco_json
 import coco_utils
 from tools import check_data, data_plots
+from utils import UserError
 
 
 def make_folder(root: Path, files: dict[str, bytes], document: Any = None) -> Path:
@@ -114,7 +115,7 @@ def test_dead_process_is_an_error_not_a_hang(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(coco_utils, "read_image", die)
-    with pytest.raises(ValueError, match="a process died opening an image"):
+    with pytest.raises(UserError, match="a process died opening an image"):
         check_data.check_images(annotations, root / "train2017", workers)
 
 

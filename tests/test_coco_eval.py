@@ -28,7 +28,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores, class_table
-from utils import Processes
+from utils import Processes, UserError
 
 CPU = torch.device("cpu")
 IDS = (0, 1, 2, 9, 500, 2**31, 2**53, 2**53 + 1, 2**63 - 2, 2**63 - 1)
@@ -566,5 +566,5 @@ def test_what_is_not_finite_is_refused_with_the_images() -> None:
     number = next(i for i, found in enumerate(case.detections) if len(found["scores"]))
     case.detections[number]["boxes"][0, 2] = float("nan")
     name = re.escape(f"image ids [{case.truth.image_ids[number]}]")
-    with pytest.raises(ValueError, match=f"found on 1 images are not finite .{name}"):
+    with pytest.raises(UserError, match=f"found on 1 images are not finite .{name}"):
         gathered(case)

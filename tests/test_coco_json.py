@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import coco_json
 import coco_utils
+from utils import UserError
 
 Document = dict[str, Any]
 SETTINGS = settings(
@@ -250,7 +251,7 @@ def write(folder: Path, content: bytes) -> Path:
 def test_error_is_listed_with_ids(case: str, tmp_path: Path) -> None:
     content, what, ids = ERRORS[case]
     path = write(tmp_path, content())
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         coco_utils.read_annotations(path)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{path} cannot be used"
@@ -281,7 +282,7 @@ def test_all_findings_are_listed_ten_ids_each(tmp_path: Path) -> None:
     document = valid()
     document["annotations"] += [annotation(i, 11, 1, [1, 1, 9, 9]) for i in range(100, 125)]
     document["images"][0]["id"] = 20
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
     message = str(caught.value)
     assert "image ids that occur twice: 20 (" in message
@@ -347,7 +348,7 @@ def assert_refused_or_equal(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     try:
         annotations, _ = coco_utils.read_annotations(path)
-    except ValueError as error:
+    except UserError as error:
         assert str(error).startswith(f"{path} cannot be used\n  error: ")
         return
     assert_equals_json(annotations, content)

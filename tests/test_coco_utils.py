@@ -23,6 +23,7 @@ from test_coco_json import Document, annotation, valid, write
 import coco_json
 import coco_utils
 import presets
+from utils import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
 PICTURE = Image.fromarray(RGB)  # 64 wide, 40 high
@@ -276,7 +277,7 @@ def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(valid()).encode()))
     label_map = coco_utils.label_categories(((1, "cat"), (2, "cow")))
     with pytest.raises(
-        ValueError, match=r"only the former has \['dog'\], only the latter \['cow'\]"
+        UserError, match=r"only the former has \['dog'\], only the latter \['cow'\]"
     ):
         coco_utils.require_same_classes(label_map, annotations, "the checkpoint")
 

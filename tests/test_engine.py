@@ -18,6 +18,7 @@ import model as model_module
 import train as train_script
 import utils
 from model import build_model, make_ema, mixed_precision
+from utils import UserError
 
 LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Batch = engine.Batch
@@ -203,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     run(state, [good])
     before = weights_of(state.model)
     utils.logger.propagate = True
-    with pytest.raises(FloatingPointError, match="step 2 is not finite.*--lr"):
+    with pytest.raises(UserError, match="step 2 is not finite.*--lr"):
         run(state, [bad])
     for name, weight in weights_of(state.model).items():
         assert torch.equal(weight, before[name]), name

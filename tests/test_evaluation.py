@@ -24,7 +24,7 @@ from coco_eval import CocoEvaluator
 from coco_utils import CocoDetection, collate, label_categories, read_annotations
 from group_by_aspect_ratio import same_size_batches
 from model import build_model, mixed_precision, padded_sizes
-from utils import Processes
+from utils import Processes, UserError
 
 CPU = Processes(torch.device("cpu"))
 DETECTORS = {  # of every kind that the project builds the smallest
@@ -162,14 +162,14 @@ def test_images_left_out_or_seen_twice_are_refused(
 ) -> None:
     batches = [collate([data[0, i]]) for i in range(len(data))]
     evaluator = CocoEvaluator(data.annotations, data.label_map)
-    with pytest.raises(ValueError, match="images were evaluated and 7 are annotated"):
+    with pytest.raises(UserError, match="images were evaluated and 7 are annotated"):
         engine.evaluate(build(data), change(batches), evaluator, CPU)
 
 
 def test_a_model_that_finds_no_numbers_is_refused(data: CocoDetection) -> None:
     model = build(data)
     nn.init.constant_(model.head.regression_head.bbox_reg.bias, float("nan"))
-    with pytest.raises(ValueError, match=r"found on 7 images are not finite \(image ids \["):
+    with pytest.raises(UserError, match=r"found on 7 images are not finite \(image ids \["):
         evaluate(model, data)
 
 
@@ -222,7 +222,7 @@ def test_candidates_are_chosen_before_suppression(data: CocoDetection) -> None:
 
 
 def test_a_model_without_candidates_refuses_the_flag(data: CocoDetection) -> None:
-    with pytest.raises(ValueError, match="--topk-candidates 10: fasterrcnn.* has none"):
+    with pytest.raises(UserError, match="--topk-candidates 10: fasterrcnn.* has none"):
         build(data, "fasterrcnn_mobilenet_v3_large_320_fpn", topk_candidates=10)
 
 
@@ -245,7 +245,7 @@ def test_post_processing_is_remembered_for_the_test(tmp_path: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_impossible_post_processing_is_refused(flags: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         train.check_flags(train.parse_args(["--data-path", ".", *flags]))
 
 

@@ -17,6 +17,7 @@ import checkpoint
 import retinanet
 from model import build_model
 from tools import explain, explain_pictures, visualize
+from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,11 +55,11 @@ def test_a_wrong_number_and_a_wrong_line_of_code_are_found(pages: dict[str, str]
     assert wrong != page and explain.fill(wrong, "en") == page
     wrong = page.replace("matched.masked_fill_(best_iou < fg_iou_thresh", "matched.masked_fill_(0")
     assert wrong != page and explain.fill(wrong, "en") == page
-    with pytest.raises(ValueError, match="'no_such'"):
+    with pytest.raises(UserError, match="'no_such'"):
         explain.fill("<!--=no_such-->1<!---->", "en")
-    with pytest.raises(ValueError, match=r"retinanet.py has no lines from 'def assign\('"):
+    with pytest.raises(UserError, match=r"retinanet.py has no lines from 'def assign\('"):
         explain.fill("<!-- code: retinanet.py | def assign( | no such -->\n<!-- end -->", "en")
-    with pytest.raises(ValueError, match="'no-such'"):
+    with pytest.raises(UserError, match="'no-such'"):
         explain.fill("<!-- table: no-such -->\n<!-- end -->", "en")
 
 
@@ -186,5 +187,5 @@ def test_the_pipeline_goes_on_to_the_detections_of_a_checkpoint(
 
 def test_an_image_without_annotations_is_refused(tiny_shapes: Path, tmp_path: Path) -> None:
     annotations = str(tiny_shapes / "annotations" / "instances_train2017.json")
-    with pytest.raises(ValueError, match=r"has no image named other.jpg"):
+    with pytest.raises(UserError, match=r"has no image named other.jpg"):
         visualize.main(["coding", str(tmp_path / "other.jpg"), "--annotations", annotations])

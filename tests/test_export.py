@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model import load_detector
 from tools import export
+from utils import UserError
 
 onnx = pytest.importorskip("onnx")
 assert trained  # a fixture
@@ -64,7 +65,7 @@ def test_another_model_does_not_pass_the_check(
     detector, _ = load_detector(str(trained))
     with torch.no_grad():
         detector.head.classification_head.cls_logits.bias += 0.01  # type: ignore[union-attr, operator]
-    with pytest.raises(ValueError, match="scores by 0.00"):
+    with pytest.raises(UserError, match="scores by 0.00"):
         export.compare(export.OneImage(detector).eval(), exported[0], images_of_sizes((48, 64)))
 
 
@@ -75,10 +76,10 @@ def test_a_check_without_objects_proves_nothing(
     detector, label_map = load_detector(str(trained), score_thresh=0.999)
     model = export.OneImage(detector).eval()
     export.to_onnx(model, images_of_sizes((48, 64))[0], label_map, tmp_path / "m.onnx")
-    with pytest.raises(ValueError, match="nothing was found"):
+    with pytest.raises(UserError, match="nothing was found"):
         export.compare(model, tmp_path / "m.onnx", images_of_sizes((48, 64)))
 
 
 def test_without_images_to_check_on_it_says_so() -> None:
-    with pytest.raises(ValueError, match="--check"):
+    with pytest.raises(UserError, match="--check"):
         export.images_to_check([], None)

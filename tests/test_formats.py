@@ -21,6 +21,7 @@ import coco_json
 import coco_utils
 import data_cache
 import formats
+from utils import UserError
 
 OBJECT = "<object><name>{}</name><difficult>{}</difficult><bndbox>{}</bndbox></object>"
 CORNERS = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
@@ -208,7 +209,7 @@ def test_what_cannot_be_converted_is_an_error_that_names_the_file(
     layout, change, message = WRONG[case]
     root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
     change(root)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         formats.coco_paths(layout, root)
     assert not list((tmp_path / "cache").rglob("*.json"))  # nothing half-made is left to be used
 
@@ -217,7 +218,7 @@ def test_all_wrong_files_are_listed_not_the_first(tmp_path: Path) -> None:
     root = voc(tmp_path / "data")
     lost = [f"lost_{i}" for i in range(13)]
     write(root / "ImageSets" / "Main" / "train.txt", "\n".join(lost))
-    with pytest.raises(ValueError, match="lost_9.xml and 3 more"):
+    with pytest.raises(UserError, match="lost_9.xml and 3 more"):
         formats.coco_paths("voc", root)
 
 

@@ -26,6 +26,7 @@ import model as model_module
 import train as train_script
 import utils
 from model import read_weights
+from utils import UserError
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "from_torchvision.md").read_text()
@@ -166,10 +167,10 @@ def test_theirs_with_other_settings_is_refused_and_what_is_no_run_said(tmp_path:
     of_theirs(path, batch_size=4, amp=True)
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
     own = checkpoint.as_own(checkpoint.load(path), now, 8, path)
-    with pytest.raises(ValueError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
+    with pytest.raises(UserError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
         checkpoint.check_same_run(own["args"], now, ["lr"], path)
     weights = checkpoint.load(path)["model"]
-    with pytest.raises(ValueError, match="lacks model, optimizer, epoch, args; .*--weights"):
+    with pytest.raises(UserError, match="lacks model, optimizer, epoch, args; .*--weights"):
         checkpoint.as_own(weights, now, 8, path)
     assert checkpoint.as_own(own, now, 8, path) is own
 
@@ -201,9 +202,9 @@ def test_only_a_plain_namespace_is_taken(
     monkeypatch.chdir(tmp_path)
     flags = Canary() if where == "args" else argparse.Namespace(lr=Canary())
     torch.save({"model": {}, "args": flags, "epoch": 0}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="not a file of tensors and plain types"):
+    with pytest.raises(UserError, match="not a file of tensors and plain types"):
         checkpoint.load(tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="not a file of tensors and plain types"):
+    with pytest.raises(UserError, match="not a file of tensors and plain types"):
         read_weights(str(tmp_path / "evil.pth"), "--weights")
     assert not (tmp_path / "CANARY").exists()
     pickle.loads(pickle.dumps(Canary()))

@@ -29,6 +29,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import model as our
 from model import BatchTransform, Weights, build_model, load_trained, load_weights, read_weights
+from utils import UserError
 
 RESNET18, RESNET50 = "retinanet_resnet18_fpn", "retinanet_resnet50_fpn"
 FASTER_RCNN = "fasterrcnn_mobilenet_v3_large_320_fpn"
@@ -238,7 +239,7 @@ def test_synchronised_batch_norm_keeps_the_names() -> None:
 def test_a_setting_that_cannot_work_is_refused_with_its_flag_and_the_fix(
     name: str, flags: dict[str, Any], words: list[str]
 ) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         build_model(name, THREE, **flags)
     assert all(word in str(error.value) for word in words)
 
@@ -416,7 +417,7 @@ def test_the_backbone_gets_the_weights_that_torchvision_gives_it(
 def test_weights_of_another_backbone_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "resnet18.pth"
     torch.save(random_state("resnet18"), path)
-    with pytest.raises(ValueError, match=r"--weights-backbone .*resnet18\.pth is not a resnet34"):
+    with pytest.raises(UserError, match=r"--weights-backbone .*resnet18\.pth is not a resnet34"):
         build_model("retinanet_resnet34_fpn", THREE, weights_backbone=str(path))
 
 
@@ -539,9 +540,9 @@ def test_weights_of_other_anchors_are_said_or_refused(
     assert "trained with" not in logged(caplog)
     build_model(RESNET18, THREE, weights=str(path))
     assert "trained with --anchor-sizes 16 32 64 128 256, not default" in logged(caplog)
-    with pytest.raises(ValueError, match="know 9 anchors per place, and --anchor-ratios make 3"):
+    with pytest.raises(UserError, match="know 9 anchors per place, and --anchor-ratios make 3"):
         build_model(RESNET18, THREE, weights=str(path), anchor_ratios=[1])
-    with pytest.raises(ValueError, match="--anchor-ratios 1: only RetinaNet takes it"):
+    with pytest.raises(UserError, match="--anchor-ratios 1: only RetinaNet takes it"):
         build_model("fcos_resnet50_fpn", THREE, anchor_ratios=[1])
 
 
@@ -595,7 +596,7 @@ def test_weights_without_class_names_need_the_same_number_of_classes() -> None:
     old, same = quick(RESNET18, OLD, 1), quick(RESNET18, classes("a", "b", "c", "d"), 2)
     load_weights(same, Weights("file", old.state_dict()), classes("a", "b", "c", "d"))
     assert torch.equal(class_scores(same), class_scores(old))
-    with pytest.raises(ValueError, match="--weights some.pth do not fit --model: size mismatch"):
+    with pytest.raises(UserError, match="--weights some.pth do not fit --model: size mismatch"):
         load_weights(quick(RESNET18, NEW, 2), Weights("some.pth", old.state_dict()), NEW)
 
 
@@ -606,7 +607,7 @@ def test_weights_of_another_architecture_are_refused(
 ) -> None:
     given = Weights("some.pth", quick(other, OLD, 1).state_dict(), label_map)
     for target in (OLD, NEW):
-        with pytest.raises(ValueError, match=r"--weights some\.pth do not fit --model"):
+        with pytest.raises(UserError, match=r"--weights some\.pth do not fit --model"):
             load_weights(quick(RESNET18, target, 2), given, target)
 
 
@@ -769,7 +770,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_place(
     cache: Path, flag: str, source: str, file: str
 ) -> None:
     key = flag.removeprefix("--").replace("-", "_")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         build_model(RESNET50, coco_label_map(), **{key: source})
     message = str(error.value)
     assert all(word in message for word in (flag, source, file, str(cache), "put the file there"))
@@ -789,7 +790,7 @@ def test_a_server_that_refuses_is_reported_alike(
         raise HTTPError("https://x", 403, "Forbidden", None, None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    with pytest.raises(ValueError, match=r"resnet50-0676ba61\.pth is not in .*403"):
+    with pytest.raises(UserError, match=r"resnet50-0676ba61\.pth is not in .*403"):
         read_weights("ResNet50_Weights.IMAGENET1K_V1", "--weights-backbone")
 
 
@@ -805,7 +806,7 @@ def test_a_damaged_file_is_named_wherever_it_lies(
         (str(tmp_path / "given.pth"), "given.pth"),
         ("ResNet50_Weights.IMAGENET1K_V1", file),
     ):
-        with pytest.raises(ValueError, match="--weights-backbone") as error:
+        with pytest.raises(UserError, match="--weights-backbone") as error:
             read_weights(source, "--weights-backbone")
         assert name in str(error.value)
 
@@ -815,7 +816,7 @@ def test_a_damaged_file_is_named_wherever_it_lies(
     ["nowhere.pth", "runs/x/best.pth", "ResNet50_Weights.NOPE", "ResNet50_Weights", "x.y.z", " "],
 )
 def test_an_unknown_name_is_refused_with_an_example(cache: Path, source: str) -> None:
-    with pytest.raises(ValueError, match="neither a file nor the name of") as error:
+    with pytest.raises(UserError, match="neither a file nor the name of") as error:
         read_weights(source, "--weights")
     assert f"--weights {source}" in str(error.value)
     assert "ResNet50_Weights.IMAGENET1K_V1" in str(error.value)
@@ -824,7 +825,7 @@ def test_an_unknown_name_is_refused_with_an_example(cache: Path, source: str) ->
 def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     for content in ([1, 2], torch.ones(2), 5, "text"):
         torch.save(content, tmp_path / "other.pth")
-        with pytest.raises(ValueError, match=r"--weights .*other\.pth"):
+        with pytest.raises(UserError, match=r"--weights .*other\.pth"):
             read_weights(str(tmp_path / "other.pth"), "--weights")
 
 
@@ -854,7 +855,7 @@ def test_malicious_weights_are_refused_and_do_nothing(
         else:
             torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     for source in (str(tmp_path / "given.pth"), "ResNet50_Weights.IMAGENET1K_V1"):
-        with pytest.raises(ValueError, match="--weights"):
+        with pytest.raises(UserError, match="--weights"):
             read_weights(source, "--weights")
         assert not canary.exists()
     # It would work on who unpickles it.
@@ -898,5 +899,5 @@ def test_load_trained_takes_checkpoints_and_plain_state_dicts() -> None:
 def test_load_trained_refuses_what_does_not_fit_and_names_it(
     content: Callable[[], dict[str, Any]],
 ) -> None:
-    with pytest.raises(ValueError, match=r"--resume some\.pth does not fit --model"):
+    with pytest.raises(UserError, match=r"--resume some\.pth does not fit --model"):
         load_trained(quick(RESNET18, OLD, 2), content(), "some.pth")

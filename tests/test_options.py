@@ -23,6 +23,7 @@ import engine
 import train as train_script
 import utils
 from model import build_model
+from utils import UserError
 
 LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Train = Callable[..., Any]
@@ -150,7 +151,7 @@ def test_scale_lr_is_linear_in_the_images_of_a_step(
 
 def test_sync_bn_is_refused_where_it_would_be_ignored() -> None:
     flags = train_script.build_parser().parse_args(["--sync-bn", "--dataset", "shapes"])
-    with pytest.raises(ValueError, match="--sync-bn works on CUDA only"):
+    with pytest.raises(UserError, match="--sync-bn works on CUDA only"):
         train_script.check_flags(flags)
     model = build_model("retinanet_resnet18_fpn", LABEL_MAP, sync_bn=True)
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

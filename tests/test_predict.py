@@ -18,6 +18,7 @@ from torchvision.io import ImageReadMode, decode_image
 import checkpoint
 from model import build_model, load_detector
 from tools import predict, visualize
+from utils import UserError
 
 LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]
 
@@ -94,7 +95,7 @@ def test_an_image_that_cannot_be_read_is_said_and_the_rest_goes_on(
 def test_files_folders_and_patterns_name_each_image_once(images: Path) -> None:
     found = predict.find_images([str(images), str(images / "a.png"), str(images / "**" / "*.jpg")])
     assert found == [images / "a.jpg", images / "a.png", images / "sub" / "a.jpg"]
-    with pytest.raises(ValueError, match=r"nothing\*.jpg: no image there"):
+    with pytest.raises(UserError, match=r"nothing\*.jpg: no image there"):
         predict.find_images([str(images), "nothing*.jpg"])
 
 
@@ -112,10 +113,10 @@ def test_what_is_no_detector_is_refused(content: str, trained: Path, tmp_path: P
     if content == "checkpoint":
         source = tmp_path / "plain.pth"
         torch.save(checkpoint.load(trained)["model"], source)
-        with pytest.raises(ValueError, match="is no checkpoint of train.py"):
+        with pytest.raises(UserError, match="is no checkpoint of train.py"):
             load_detector(str(source))
     else:
-        with pytest.raises(ValueError, match="neither a file nor the name of torchvision weights"):
+        with pytest.raises(UserError, match="neither a file nor the name of torchvision weights"):
             load_detector("runs/nowhere/best.pth")
 
 
@@ -137,5 +138,5 @@ def test_a_batch_is_drawn_with_the_flags_of_train_py(tiny_shapes: Path, tmp_path
     with Image.open(picture) as image:
         assert image.width == 3 * 206 + 6  # three tiles of 200 in a row, 6 px apart
         assert len({image.getpixel((x, 40)) for x in range(image.width)}) > 20
-    with pytest.raises(ValueError, match="say what to draw"):
+    with pytest.raises(UserError, match="say what to draw"):
         visualize.main(["--data-path", str(tiny_shapes)])

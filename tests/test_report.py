@@ -21,6 +21,7 @@ from PIL import Image
 from coco_eval import Analysis, CocoEvaluator, write_analysis
 from coco_utils import Annotations, label_categories, read_annotations
 from tools import drawing, eval_plots, report
+from utils import UserError
 
 NAMES = ["cell", "a class with a name that is far too long to be shown", "Blutplättchen"]
 PICTURES = {
@@ -160,7 +161,7 @@ def test_pictures_are_of_the_data_that_was_evaluated(
     other = tiny_shapes / "annotations" / "instances_val2017.json"
     content["data"]["annotations"] = str(other)
     about.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="has other images than"):
+    with pytest.raises(UserError, match="has other images than"):
         report.draw(tmp_path / "one")
 
 

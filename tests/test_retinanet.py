@@ -30,6 +30,7 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import retinanet
+from utils import UserError
 
 Targets = list[dict[str, Tensor]]
 TorchvisionRetinaNet = torchvision.models.detection.RetinaNet
@@ -556,17 +557,17 @@ def test_state_dict_and_inference_are_torchvisions(v2: bool) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="'closest'.*torchvision, max-iou"):
+    with pytest.raises(UserError, match="'closest'.*torchvision, max-iou"):
         retinanet.RetinaNet(NoBackbone(), 2, assigner="closest")
-    with pytest.raises(ValueError, match="'auto'.*'dense' or 'sparse'"):
+    with pytest.raises(UserError, match="'auto'.*'dense' or 'sparse'"):
         retinanet.RetinaNet(NoBackbone(), 2, box_subnet="auto")
-    with pytest.raises(ValueError, match="proposal_matcher"):
+    with pytest.raises(UserError, match="proposal_matcher"):
         retinanet.RetinaNet(NoBackbone(), 2, proposal_matcher=SSDMatcher(0.5))
-    with pytest.raises(ValueError, match="needs targets"):
+    with pytest.raises(UserError, match="needs targets"):
         retinanet.RetinaNet(NoBackbone(), 2)([])
     ours, _ = both_without_backbone("ciou")
     anchors = anchors_for((64, 64))
-    with pytest.raises(ValueError, match="'ciou'.*'l1' or 'giou'"):
+    with pytest.raises(UserError, match="'ciou'.*'l1' or 'giou'"):
         losses_of(ours, make_targets(0, [1], (64, 64)), make_outputs(0, 1, len(anchors)), anchors)
 
 

@@ -23,6 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from coco_eval import BACKENDS, METRICS, CocoEvaluator
 from coco_utils import Annotations, label_categories, read_annotations
 from tools.score import compare, main, read_detections
+from utils import UserError
 
 NAMES = {3: "cat", 7: "dog", 90: "eel"}
 Change = Callable[[list[dict[str, Any]]], Any]
@@ -189,7 +190,7 @@ def test_a_wrong_file_is_refused_with_what_is_wrong(
 ) -> None:
     change, message = WRONG[name]
     files[1].write_text(json.dumps(change(json.loads(files[1].read_text()))))
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_detections(files[1], *read(files[0]))
     assert str(files[1]) in str(caught.value)
 
@@ -199,7 +200,7 @@ def test_a_broken_file_is_said_to_be_no_json(
     content: bytes, files: tuple[Path, Path, Path]
 ) -> None:
     files[1].write_bytes(content)
-    with pytest.raises(ValueError, match="is not JSON, or cut short"):
+    with pytest.raises(UserError, match="is not JSON, or cut short"):
         read_detections(files[1], *read(files[0]))
 
 

@@ -30,6 +30,7 @@ import train as train_script
 import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from model import build_model
+from utils import UserError
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 PUBLISHED = (
@@ -113,7 +114,7 @@ def test_a_step_keeps_its_batches_on_other_numbers_of_processes() -> None:
     of_run = {"args": {"batches_per_step": 8}}
     assert train_script.batches_per_step(4, 2, {}) == 8
     assert train_script.batches_per_step(1, 2, of_run) == 8  # not 2
-    with pytest.raises(ValueError, match=r"8 batches .* 3 processes .* can: 1, 2, 4, 8 \("):
+    with pytest.raises(UserError, match=r"8 batches .* 3 processes .* can: 1, 2, 4, 8 \("):
         train_script.batches_per_step(1, 3, of_run)
 
 

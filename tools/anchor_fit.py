@@ -22,6 +22,7 @@ import coco_utils
 import presets
 import train
 from model import BatchTransform, build_model, make_anchor_generator
+from utils import UserError
 
 FOREGROUND = 0.5  # the IoU from which RetinaNet trains an anchor on a box
 ENOUGH = 0.98  # recall; below, others are proposed
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = train.build_parser().parse_args(argv)
     train.check_flags(flags)
     if not flags.model.startswith("retinanet"):
-        raise ValueError(f"--model {flags.model}: anchors are fitted for RetinaNet alone")
+        raise UserError(f"--model {flags.model}: anchors are fitted for RetinaNet alone")
     values = vars(flags)
     overrides = {name: values[name] for name in train.PATH_FLAGS}
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     model: Any = build_model(flags.model, label_map, load=False, **model_flags)
     boxes = boxes_to_cover(annotations, model.transform)
     if not len(boxes.xyxy):
-        raise ValueError(f"{annotations.path} has no boxes to fit anchors to")
+        raise UserError(f"{annotations.path} has no boxes to fit anchors to")
 
     shorter, longest = model.transform.min_size[-1], model.transform.max_size
     print(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tools import benchmark_data, benchmark_eval, benchmark_loader, benchmark_step, measuring
 from tools.measuring import Row
+from utils import run_command
 
 SUBCOMMANDS = {
     **{"data": benchmark_data, "loader": benchmark_loader},
@@ -142,7 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_command(main)

@@ -38,7 +38,7 @@ from model import build_model, wrap
 from tools import measuring
 from tools.benchmark_data import coco_like_sizes
 from tools.measuring import MB, Row
-from utils import Processes
+from utils import Processes, UserError
 
 PART = "anchors and loss"  # as the profile names it
 NUM_LABELS = 91  # COCO's, background included
@@ -100,10 +100,10 @@ def run(
 ) -> list[Row]:
     """Measure; the flags are those of `add_flags`."""
     if dtype == "tf32" and device != "cuda":
-        raise ValueError("--dtype tf32 is for --device cuda; use fp32 on a CPU")
+        raise UserError("--dtype tf32 is for --device cuda; use fp32 on a CPU")
     if compile:
         if box_subnet == "sparse":
-            raise ValueError("--box-subnet sparse cannot be compiled; leave out one of the flags")
+            raise UserError("--box-subnet sparse cannot be compiled; leave out one of the flags")
         box_subnet = "dense"
     settings = Settings(model, torch.device(device), dtype, min_size, max_size, box_subnet)
     ours, theirs, batches = build(settings, steps, batch_size)

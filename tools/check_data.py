@@ -35,6 +35,7 @@ import data_cache
 import formats
 import train
 from coco_json import Annotations, Finding
+from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
 MOST_CLASSES = 25  # rows of the class table on the terminal
@@ -57,10 +58,10 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
     """Apply every rule to one split: to its annotation file, then to each image.
 
     Raises:
-        ValueError: if there is no such file or folder.
+        UserError: if there is no such file or folder.
     """
     if not images.is_dir():
-        raise ValueError(f"the image folder {images} does not exist; check --data-path")
+        raise UserError(f"the image folder {images} does not exist; check --data-path")
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
         findings = findings + check_images(packed, images, workers, f"{name} images")
@@ -73,7 +74,7 @@ def check_images(
     """Open every image in `workers` processes; on a terminal with a progress bar.
 
     Raises:
-        ValueError: if a process dies, and near which image.
+        UserError: if a process dies, and near which image.
     """
     cases: dict[str, list[str]] = {}
     with ProcessPoolExecutor(
@@ -90,7 +91,7 @@ def check_images(
                     case = f"{annotations.image_ids[number]} {annotations.file_name(number)!r}"
                     cases.setdefault(rule, []).append(f"{case} {detail}".rstrip())
         except BrokenProcessPool:
-            raise ValueError(
+            raise UserError(
                 f"a process died opening an image after {annotations.file_name(bar.n)!r}: its "
                 "decoder crashed, or memory ran out; try --workers 1"
             ) from None
@@ -274,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = build_parser().parse_args(argv)
     overrides = {name: getattr(flags, name) for name in train.PATH_FLAGS}
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
-        raise ValueError("--data-path is missing: a folder in COCO layout, or see --dataset")
+        raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     splits = [
         check_split(s, paths[f"{s}_images"], paths[f"{s}_annotations"], flags.workers)
@@ -315,7 +316,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_command(main)

@@ -27,6 +27,7 @@ import retinanet
 import shapes
 from model import ANCHOR_RATIOS, BatchTransform, make_anchor_generator
 from tools import drawing
+from utils import UserError
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "retinanet"})
 SIZE = (800, 1216)  # (H, W) of the pages' image: the shorter side is the recipe's, padding is none
@@ -177,7 +178,7 @@ def coding_example(scene: Scene) -> tuple[Tensor, Tensor, Tensor, float]:
     sides = scene.boxes[:, 2:] - scene.boxes[:, :2]
     own = torch.bincount(assigned[assigned >= 0], minlength=len(sides)) > 0
     if not own.any():
-        raise ValueError("the image has no box, so there is none to encode")
+        raise UserError("the image has no box, so there is none to encode")
     number = int((sides.prod(dim=1) * own).argmax())
     candidates = (assigned == number).nonzero()[:, 0]
     box = scene.boxes[number]
@@ -329,7 +330,7 @@ def draw_assignment(scene: Scene) -> Figure:
     """Draw which anchors belong to which box after each rule, and in what the assigners differ."""
     figure, axes = _sheet(scene.image, 3, 2)
     if not len(scene.boxes):
-        raise ValueError("the image has no box, so all its anchors are background")
+        raise UserError("the image has no box, so all its anchors are background")
     titles = (
         "1 all ignored",
         "2 background below 0.4",

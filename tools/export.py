@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ import coco_utils
 import train
 from model import load_detector
 from tools import predict
+from utils import UserError, run_command
 
 OPSET = 17
 OUTPUTS = ("boxes", "scores", "labels")
@@ -89,7 +89,7 @@ def compare(model: OneImage, path: Path, images: Sequence[Tensor]) -> dict[str, 
         The number of "detections", and the largest difference of "pixels" and "scores".
 
     Raises:
-        ValueError: if one finds what the other does not, they differ by more than `MOST_PIXELS` or
+        UserError: if one finds what the other does not, they differ by more than `MOST_PIXELS` or
             `MOST_SCORE`, or nothing is found, which would prove nothing.
     """
     import onnxruntime
@@ -100,7 +100,7 @@ def compare(model: OneImage, path: Path, images: Sequence[Tensor]) -> dict[str, 
         expected = [value.numpy() for value in model(image)]
         boxes, scores, labels = session.run(None, {"image": image.numpy()})
         if len(boxes) != len(expected[0]):
-            raise ValueError(
+            raise UserError(
                 f"image {number + 1}: ONNX Runtime finds {len(boxes)} objects, PyTorch "
                 f"{len(expected[0])}"
             )
@@ -109,17 +109,17 @@ def compare(model: OneImage, path: Path, images: Sequence[Tensor]) -> dict[str, 
         apart[labels[:, None] != expected[2][None]] = np.inf
         mate = apart.argmin(axis=1) if len(boxes) else np.empty(0, int)
         if len(set(mate.tolist())) < len(mate):
-            raise ValueError(f"image {number + 1}: ONNX Runtime finds other objects than PyTorch")
+            raise UserError(f"image {number + 1}: ONNX Runtime finds other objects than PyTorch")
         count += len(boxes)
         pixels = max(pixels, float(apart.min(axis=1, initial=np.inf).max(initial=0)))
         most = max(most, float(np.abs(scores - expected[1][mate]).max(initial=0)))
     if pixels > MOST_PIXELS or most > MOST_SCORE:
-        raise ValueError(
+        raise UserError(
             f"boxes differ by up to {pixels:.3g} pixels and scores by {most:.3g}; at most "
             f"{MOST_PIXELS} and {MOST_SCORE} are allowed"
         )
     if count == 0:
-        raise ValueError("nothing was found on these images: give others by --check")
+        raise UserError("nothing was found on these images: give others by --check")
     return {"detections": count, "pixels": pixels, "scores": most}
 
 
@@ -127,7 +127,7 @@ def images_to_check(given: Sequence[str], source: str | None) -> list[Path]:
     """Return the images that were given, else some of the validation images of a checkpoint.
 
     Raises:
-        ValueError: if there are none.
+        UserError: if there are none.
     """
     if not given and source:
         settings = checkpoint.load(Path(source)).get("args", {})
@@ -140,7 +140,7 @@ def images_to_check(given: Sequence[str], source: str | None) -> list[Path]:
         if paths["val_images"].is_dir():
             return predict.find_images([str(paths["val_images"])])[:CHECKED]
     if not given:
-        raise ValueError("say on which images to check: --check FILES or a folder")
+        raise UserError("say on which images to check: --check FILES or a folder")
     return predict.find_images(given)
 
 
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install -e '.[export]'") from None
+        raise UserError(f"{error.name} is missing: pip install -e '.[export]'") from None
     detector, label_map = load_detector(flags.checkpoint or flags.weights)
     model = OneImage(detector).eval()
     images = [
@@ -184,7 +184,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_command(main)

@@ -33,6 +33,7 @@ import train
 import utils
 from model import load_detector, mixed_precision
 from tools import drawing
+from utils import UserError, run_command
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -70,7 +71,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
     """Return the images that files, folders (with all below) and glob patterns name, once each.
 
     Raises:
-        ValueError: names what leads to no image.
+        UserError: names what leads to no image.
     """
     found: dict[Path, None] = {}
     for text in given:
@@ -82,7 +83,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
         else:
             paths = sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).is_file())
         if not paths:
-            raise ValueError(f"{text}: no image there; give files, folders or quoted patterns")
+            raise UserError(f"{text}: no image there; give files, folders or quoted patterns")
         found |= dict.fromkeys(paths)
     return list(found)
 
@@ -233,7 +234,4 @@ def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_command(main)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import coco_json
 import coco_utils
 from coco_eval import CocoEvaluator
 from tools import drawing, eval_plots, html_report, run_plots
+from utils import UserError, run_command
 
 MISSED = -1  # stands for the label of a box that was not found
 
@@ -33,13 +33,13 @@ def newest_evaluation(run: Path) -> Path:
     """Return the folder of the last finished evaluation of a run, or `run` if it is one itself.
 
     Raises:
-        ValueError: if there is none.
+        UserError: if there is none.
     """
     if (run / "analysis.json").is_file():
         return run
     places = [path.parent for path in run.glob("eval/epoch_*/results.json")]
     if not places:
-        raise ValueError(
+        raise UserError(
             f"{run} holds neither a run nor an evaluation; give the --output-dir of train.py"
         )
     return max(places, key=lambda place: int(place.name.removeprefix("epoch_")))
@@ -157,7 +157,7 @@ def draw(folder: Path) -> list[str]:
     """Draw everything that a run, or one evaluation, gives; say what was drawn.
 
     Raises:
-        ValueError: if there is neither, or the annotations of the evaluation changed.
+        UserError: if there is neither, or the annotations of the evaluation changed.
     """
     if not (folder / "args.json").is_file():
         return draw_evaluation(newest_evaluation(folder), folder)[0]
@@ -182,7 +182,7 @@ def compare(folders: Sequence[Path], output: Path) -> list[str]:
     """Lay the curves of several runs over each other in the folder `output`; say what was drawn.
 
     Raises:
-        ValueError: if one of them holds no run.
+        UserError: if one of them holds no run.
     """
     runs = [run_plots.read_run(folder) for folder in folders]
     output.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, st
     """Draw the evaluation in `place` into `folder`; return what to say, and each file's caption.
 
     Raises:
-        ValueError: if its annotations changed.
+        UserError: if its annotations changed.
     """
     analysis = json.loads((place / "analysis.json").read_text())
     curves = np.load(place / "curves.npz")
@@ -232,7 +232,7 @@ def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, st
 
     annotations, _ = coco_utils.read_annotations(Path(about["annotations"]))
     if not np.array_equal(np.sort(annotations.image_ids), curves["image_ids"]):
-        raise ValueError(f"{about['annotations']} has other images than {place} evaluated")
+        raise UserError(f"{about['annotations']} has other images than {place} evaluated")
     found = np.load(place / "detections.npy")
     pictures = Pictures(annotations, Path(about["images"]), label_map, found, confidence)
     drawn = {
@@ -260,12 +260,9 @@ def main() -> None:
     add("runs", type=Path, nargs="+", help="the --output-dir of each run, or eval/epoch_N in it")
     add("--output", type=Path, default=Path("report"), help="folder for several runs' comparison")
     flags = parser.parse_args()
-    try:
-        several = len(flags.runs) > 1
-        print("\n".join(compare(flags.runs, flags.output) if several else draw(flags.runs[0])))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    several = len(flags.runs) > 1
+    print("\n".join(compare(flags.runs, flags.output) if several else draw(flags.runs[0])))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 import utils
 from tools import drawing
+from utils import UserError
 
 APS = {"AP": "-", "AP50": "--", "AP75": ":"}
 METRICS = (
@@ -54,10 +55,10 @@ def read_run(folder: Path) -> RunRecords:
     """Read the records of a run, over or still going on.
 
     Raises:
-        ValueError: if `folder` holds no run.
+        UserError: if `folder` holds no run.
     """
     if not (folder / "args.json").is_file():
-        raise ValueError(f"{folder} holds no run: train.py writes args.json into its --output-dir")
+        raise UserError(f"{folder} holds no run: train.py writes args.json into its --output-dir")
     records = utils.read_json_lines(folder / "metrics.jsonl")
     log = folder / "log.txt"
     text = log.read_text(errors="replace") if log.is_file() else ""

@@ -21,6 +21,7 @@ import numpy as np
 import coco_eval
 from coco_json import Annotations, read_annotations
 from coco_utils import label_categories
+from utils import UserError, run_command
 
 SHOWN = 10  # findings of a kind that a message lists
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -41,13 +42,13 @@ def read_detections(
     """Read a results file as what `CocoEvaluator.gather` returns: `[D, 7]` float64.
 
     Raises:
-        ValueError: lists everything that is wrong with it, by kind, with the first places.
+        UserError: lists everything that is wrong with it, by kind, with the first places.
     """
     data = path.read_bytes()
     try:
         found = msgspec.json.decode(data, type=list[Detection])
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(_diagnose(path, data, str(error))) from None
+        raise UserError(_diagnose(path, data, str(error))) from None
     image_ids = np.array([detection.image_id for detection in found], np.int64)
     category_ids = np.array([detection.category_id for detection in found], np.int64)
     boxes = np.array([detection.bbox for detection in found], np.float64).reshape(-1, 4)
@@ -67,7 +68,7 @@ def read_detections(
         if wrong.any()
     ]
     if found_wrong:
-        raise ValueError("\n  ".join([f"{path} does not fit {annotations.path}:", *found_wrong]))
+        raise UserError("\n  ".join([f"{path} does not fit {annotations.path}:", *found_wrong]))
     labels = np.array([category["label"] for category in label_map])[classes]
     rows = np.column_stack([images, boxes, scores, labels]).astype(np.float64)
     return rows[np.argsort(images, kind="stable")]
@@ -200,24 +201,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --compare (0)")
     parser.add_argument("--output", type=Path, help="folder for what `tools.report` draws")
     flags = parser.parse_args()
-    try:
-        if flags.resamples < 0 or flags.seed < 0:
-            raise ValueError("--resamples and --seed must not be negative")
-        annotations, warnings = read_annotations(flags.annotations)
-        for warning in warnings:
-            print(f"{flags.annotations.name}: {warning}", file=sys.stderr)
-        score(
-            annotations,
-            flags.detections,
-            flags.backend,
-            flags.compare,
-            flags.resamples,
-            flags.seed,
-            flags.output,
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if flags.resamples < 0 or flags.seed < 0:
+        raise UserError("--resamples and --seed must not be negative")
+    annotations, warnings = read_annotations(flags.annotations)
+    for warning in warnings:
+        print(f"{flags.annotations.name}: {warning}", file=sys.stderr)
+    score(
+        annotations,
+        flags.detections,
+        flags.backend,
+        flags.compare,
+        flags.resamples,
+        flags.seed,
+        flags.output,
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

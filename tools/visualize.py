@@ -37,6 +37,7 @@ import train
 import utils
 from model import build_model, load_detector
 from tools import anchor_fit, drawing, explain_pictures
+from utils import UserError, run_command
 
 
 def draw_batches(
@@ -118,7 +119,7 @@ def read_boxes(image: Path, annotations: Path) -> tuple[Tensor, Tensor, list[str
     The annotations are found by the image's file name; crowds are left out, as in training.
 
     Raises:
-        ValueError: if either file cannot be used, or the annotations do not have the image.
+        UserError: if either file cannot be used, or the annotations do not have the image.
     """
     coco, _ = coco_json.read_annotations(annotations)
     names = [coco.file_name(i) for i in range(len(coco))]
@@ -127,12 +128,12 @@ def read_boxes(image: Path, annotations: Path) -> tuple[Tensor, Tensor, list[str
         found = [i for i in found if image.resolve().as_posix().endswith(f"/{names[i]}")]
     if len(found) != 1:
         how_many = "several images" if found else "no image"
-        raise ValueError(f"{annotations} has {how_many} named {image.name}: give the one it is of")
+        raise UserError(f"{annotations} has {how_many} named {image.name}: give the one it is of")
     height, width = coco.sizes[found[0]].tolist()
     try:
         pixels = coco_utils.read_image(image, image.parent, (height, width))
     except coco_utils.ImageError as error:
-        raise ValueError(f"{image} {error}") from None
+        raise UserError(f"{image} {error}") from None
     rows = np.arange(*coco.offsets[found[0] : found[0] + 2])
     rows = rows[~coco.iscrowd[rows]]
     boxes = torch.from_numpy(coco_json.to_xyxy(coco.boxes_xywh[rows])).float()
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draw what the command line asks for: the name of a picture, then the picture's own flags."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in ([], ["-h"], ["--help"]) or argv[0] not in DRAW:
-        raise ValueError(
+        raise UserError(
             f"say what to draw: python -m tools.visualize {{{','.join(DRAW)}}}, then its flags "
             "(--help lists them)"
         )
@@ -187,7 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    run_command(main)
