@@ -124,12 +124,12 @@ def _convert(
 
     try:
         dataset = convert(range(len(sources)))
-    except UserError:  # it names the first
+    except ValueError:  # it names the first
         wrong = []
         for number, label in enumerate(split.labels):
             try:
                 convert([number])
-            except UserError as error:
+            except ValueError as error:
                 wrong.append(f"{label}: {str(error).split(': ', 2)[-1]}")
         _require_none(wrong, "label files that cannot be read", "correct them")
         raise

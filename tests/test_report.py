@@ -21,7 +21,7 @@ from PIL import Image
 from coco_eval import Analysis, CocoEvaluator, write_analysis
 from coco_utils import Annotations, label_categories, read_annotations
 from tools import drawing, eval_plots, report
-from utils import UserError
+from utils import UserError, run_command
 
 NAMES = ["cell", "a class with a name that is far too long to be shown", "Blutplättchen"]
 PICTURES = {
@@ -141,7 +141,7 @@ def test_a_folder_without_a_run_is_one_clear_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as caught:
-        report.main()
+        run_command(report.main)
     message = "holds neither a run nor an evaluation; give the --output-dir of train.py"
     assert caught.value.code == f"error: {tmp_path} {message}"
 

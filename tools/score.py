@@ -21,7 +21,7 @@ import numpy as np
 import coco_eval
 from coco_json import Annotations, read_annotations
 from coco_utils import label_categories
-from utils import UserError, run_command
+from utils import UserError, file_errors, run_command
 
 SHOWN = 10  # findings of a kind that a message lists
 Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -44,7 +44,8 @@ def read_detections(
     Raises:
         UserError: lists everything that is wrong with it, by kind, with the first places.
     """
-    data = path.read_bytes()
+    with file_errors("read", path):
+        data = path.read_bytes()
     try:
         found = msgspec.json.decode(data, type=list[Detection])
     except (msgspec.DecodeError, RecursionError) as error:
