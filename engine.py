@@ -78,6 +78,12 @@ class TrainState:
         # The rate of each group comes from the schedule, so that another one takes effect.
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        # Fused optimizers walk raw memory: a tensor of another layout than its parameter's, as
+        # after --no-channels-last or from torchvision's scripts, would update the wrong weights.
+        for parameter, tensors in self.optimizer.state.items():
+            for name, value in tensors.items():
+                if name != "step" and torch.is_tensor(value):
+                    tensors[name] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
         self.window, self.best = dict(state["window"]), state["best"]

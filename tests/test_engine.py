@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,46 @@ def test_boxes_are_computed_in_fp32_under_mixed_precision() -> None:
     assert mixed["boxes"].dtype == mixed["scores"].dtype == torch.float32
     assert torch.equal(before, after)
     assert isinstance(model.backbone.fpn.extra_blocks, model_module.FullPrecisionP6P7)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("before, after", [(0, 1), (1, 0)])
+def test_a_resume_with_another_memory_format_updates_every_weight_alike(
+    tmp_path: Path, opt: str, before: int, after: int
+) -> None:
+    formats = (torch.contiguous_format, torch.channels_last)
+
+    def state_in(memory_format: torch.memory_format) -> engine.TrainState:
+        state = make_state(tmp_path, ema_decay=0.9)
+        state.model.to(memory_format=memory_format)
+        state.optimizer = train_script.build_optimizer(
+            state.model, 1e-3, opt=opt, momentum=0.9, wd=1e-4, norm_weight_decay=None
+        )
+        state.scheduler = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: 1.0)
+        state.ema = make_ema(state.model, 0.9)
+        return state
+
+    def step(state: engine.TrainState, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in state.model.parameters():
+            if parameter.requires_grad:
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        state.optimizer.step()
+        state.scheduler.step()
+        assert state.ema is not None
+        state.ema.update_parameters(state.model)
+
+    uninterrupted = state_in(formats[before])
+    for seed in range(2):
+        step(uninterrupted, seed)
+    resumed = state_in(formats[after])
+    saved = uninterrupted.state_dict() | {"step": 2}
+    resumed.load_state_dict(copy.deepcopy(saved))
+    for seed in (2, 3):
+        step(uninterrupted, seed)
+        step(resumed, seed)
+        for which in ("model", "ema"):
+            expected, actual = uninterrupted.state_dict()[which], resumed.state_dict()[which]
+            for name, value in expected.items():
+                torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-7, msg=name)
