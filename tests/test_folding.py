@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from torch.profiler import ProfilerActivity, profile
 from torchvision import models
 from torchvision.models.detection.backbone_utils import (
     mobilenet_backbone,
@@ -127,3 +128,52 @@ def test_what_is_not_in_order_is_left_alone() -> None:
         before = [type(module) for module in model.modules()]
         fold_frozen_batch_norm(model)
         assert [type(module) for module in model.modules()] == before
+
+
+def test_what_is_frozen_is_computed_once_and_again_after_each_change() -> None:
+    plain, folded = both("resnet18")
+    x = torch.randn(1, 3, 64, 96)
+
+    def assert_equal(change: str) -> None:
+        loss, expected = grads(plain.train(), x)
+        found_loss, found = grads(folded.train(), x)
+        torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=0, msg=change)
+        assert list(found) == list(expected), change
+
+    # Losses of the validation set are computed in training mode before the first training step.
+    with torch.inference_mode():
+        folded.train()(x)
+    assert_equal("none")
+    for change in ("buffer in place", "state dict", "another dtype", "frozen weight", "unfrozen"):
+        for model in (plain, folded):
+            conv, norm = model.body.conv1, model.body.bn1  # type: ignore[union-attr]
+            with torch.no_grad():
+                if change == "buffer in place":
+                    norm.running_var *= 2
+                elif change == "state dict":
+                    state = {k: v * 1.1 for k, v in model.state_dict().items()}
+                    model.load_state_dict(state)
+                elif change == "another dtype":
+                    model.double().float()
+                elif change == "frozen weight":
+                    conv.weight *= 3
+            if change == "unfrozen":
+                conv.weight.requires_grad_(True)
+        assert_equal(change)
+
+
+def test_a_step_folds_only_the_weights_that_train() -> None:
+    _, folded = both("resnet50")
+    folded.train()
+    x = torch.randn(1, 3, 64, 64)
+
+    def count(model: nn.Module) -> tuple[int, int]:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            model(x)
+        counts = {event.key: event.count for event in profiler.key_averages()}
+        return counts.get("aten::rsqrt", 0), counts.get("aten::mul", 0)
+
+    convs = [m for m in folded.modules() if isinstance(m, FoldedConv2d)]
+    trained = sum(conv.weight.requires_grad for conv in convs)
+    assert count(folded)[0] == len(convs)  # the first step
+    assert count(folded) == (0, trained)
