@@ -37,12 +37,15 @@ ALPHA = 0.25  # of the focal loss: with gamma = 2 the best pair of table 1b
 MAX_LOG_SCALE = math.log(1000 / 16)  # Faster R-CNN's: no anchor grows more than 62.5-fold
 GIOU_EPS = 1e-7  # torchvision's
 MIN_BOXES = 8
-# IoUs computed at a time: 32 MB, and four times that on the way to them. Two images of the recipe's
-# size (182,403 anchors each) with up to 16 boxes each are one chunk.
+# IoUs computed at a time, at least: 32 MB, and four times that on the way to them. Two images of
+# the recipe's size (182,403 anchors each) with up to 16 boxes each are one chunk.
 CHUNK = 2**23
+CHUNK_SHARE = 1 / 16  # of a GPU's memory that one chunk of IoUs may take, 20 bytes each
+# Image sizes whose anchors are kept. `multiscale` makes 117 padded sizes of COCO's images.
+CACHED_SHAPES = 128
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=CACHED_SHAPES)
 def make_anchors(
     generator: AnchorGenerator,
     feature_sizes: tuple[tuple[int, ...], ...],
@@ -53,7 +56,7 @@ def make_anchors(
     """Return the anchors that `generator` makes for one image: [A, 4], xyxy in absolute pixels.
 
     Sizes are (H, W); `image_size` is that of the padded batch and fixes the strides. The result
-    (3 MB at 800 × 1216) stays in a cache of 32: do not write to it.
+    (3 MB at 800 × 1216) stays in a cache: do not write to it.
     """
     # One pass under autocast rounds a generator's base anchors for good: take fresh ones.
     generator = copy.copy(generator)
@@ -108,6 +111,14 @@ def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
     return overlaps.div_(areas.sub_(overlaps))
 
 
+def _chunk(device: torch.device) -> int:
+    """Return how many IoUs to compute at a time. On a GPU, each chunk costs 34 kernel launches."""
+    if device.type != "cuda":
+        return CHUNK
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK, int(memory * CHUNK_SHARE) // 20)
+
+
 def _match(anchors: Tensor, boxes: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # For each anchor, [N, A]: the best IoU, the box it is with, and the last box that claims it.
     iou = pairwise_iou(boxes, anchors)  # [N, M, A], 0 for padding
@@ -149,7 +160,7 @@ def assign(
     """
     padding = labels < 0  # [N, M]
     # All anchors and some of the boxes at a time, to bound the memory.
-    step = max(1, CHUNK // (len(boxes) * len(anchors)))
+    step = max(1, _chunk(anchors.device) // (len(boxes) * len(anchors)))
     best_iou, best_box, claimed_by = _match(anchors, boxes[:, :step], padding[:, :step])
     for start in range(step, boxes.shape[1], step):
         chunk = slice(start, start + step)

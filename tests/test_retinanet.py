@@ -6,6 +6,7 @@ slow loops for the assigners, written here.
 
 import copy
 import functools
+import math
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +31,6 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import retinanet
-from utils import UserError
 
 Targets = list[dict[str, Tensor]]
 TorchvisionRetinaNet = torchvision.models.detection.RetinaNet
@@ -508,16 +508,28 @@ def test_anchors_stay_exact_after_a_pass_of_the_generator_in_bf16() -> None:
     assert anchors_for((128, 128), generator).equal(exact)
 
 
+@pytest.mark.parametrize("gigabytes, chunks", [(80, 1), (16, 4)])
+def test_the_memory_of_a_gpu_decides_how_many_boxes_are_matched_at_a_time(
+    gigabytes: int, chunks: int
+) -> None:
+    card = mock.Mock(total_memory=gigabytes * 2**30)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=card):
+        chunk = retinanet._chunk(torch.device("cuda", 0))
+    batch, anchors, boxes = 16, 182_403, 64  # of the recipe's size
+    assert math.ceil(boxes / (chunk // (batch * anchors))) == chunks
+    assert retinanet._chunk(torch.device("cpu")) == retinanet.CHUNK
+
+
 def test_anchor_cache_is_bounded_and_outside_of_the_model() -> None:
     model = build(retinanet.RetinaNet).train()
     retinanet.make_anchors.cache_clear()
     images, targets = make_images([(64, 64)]), make_targets(0, [2], (64, 64))
     losses = [model(images, targets) for _ in range(3)]
     info = retinanet.make_anchors.cache_info()
-    assert (info.hits, info.misses, info.maxsize) == (2, 1, 32)
-    for width in range(1, 50):
+    assert (info.hits, info.misses, info.maxsize) == (2, 1, retinanet.CACHED_SHAPES)
+    for width in range(1, retinanet.CACHED_SHAPES + 10):
         anchors_for((32, 32 * width))
-    assert retinanet.make_anchors.cache_info().currsize == 32
+    assert retinanet.make_anchors.cache_info().currsize == retinanet.CACHED_SHAPES
 
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin.state_dict().keys() == model.state_dict().keys()
@@ -557,17 +569,17 @@ def test_state_dict_and_inference_are_torchvisions(v2: bool) -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(UserError, match="'closest'.*torchvision, max-iou"):
+    with pytest.raises(ValueError, match="'closest'.*torchvision, max-iou"):
         retinanet.RetinaNet(NoBackbone(), 2, assigner="closest")
-    with pytest.raises(UserError, match="'auto'.*'dense' or 'sparse'"):
+    with pytest.raises(ValueError, match="'auto'.*'dense' or 'sparse'"):
         retinanet.RetinaNet(NoBackbone(), 2, box_subnet="auto")
-    with pytest.raises(UserError, match="proposal_matcher"):
+    with pytest.raises(ValueError, match="proposal_matcher"):
         retinanet.RetinaNet(NoBackbone(), 2, proposal_matcher=SSDMatcher(0.5))
-    with pytest.raises(UserError, match="needs targets"):
+    with pytest.raises(ValueError, match="needs targets"):
         retinanet.RetinaNet(NoBackbone(), 2)([])
     ours, _ = both_without_backbone("ciou")
     anchors = anchors_for((64, 64))
-    with pytest.raises(UserError, match="'ciou'.*'l1' or 'giou'"):
+    with pytest.raises(ValueError, match="'ciou'.*'l1' or 'giou'"):
         losses_of(ours, make_targets(0, [1], (64, 64)), make_outputs(0, 1, len(anchors)), anchors)
 
 
