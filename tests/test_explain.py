@@ -55,11 +55,11 @@ def test_a_wrong_number_and_a_wrong_line_of_code_are_found(pages: dict[str, str]
     assert wrong != page and explain.fill(wrong, "en") == page
     wrong = page.replace("matched.masked_fill_(best_iou < fg_iou_thresh", "matched.masked_fill_(0")
     assert wrong != page and explain.fill(wrong, "en") == page
-    with pytest.raises(UserError, match="'no_such'"):
+    with pytest.raises(ValueError, match="'no_such'"):
         explain.fill("<!--=no_such-->1<!---->", "en")
-    with pytest.raises(UserError, match=r"retinanet.py has no lines from 'def assign\('"):
+    with pytest.raises(ValueError, match=r"retinanet.py has no lines from 'def assign\('"):
         explain.fill("<!-- code: retinanet.py | def assign( | no such -->\n<!-- end -->", "en")
-    with pytest.raises(UserError, match="'no-such'"):
+    with pytest.raises(ValueError, match="'no-such'"):
         explain.fill("<!-- table: no-such -->\n<!-- end -->", "en")
 
 

@@ -26,7 +26,6 @@ from torchvision.transforms.v2 import functional as F
 import presets
 from presets import MEAN_COLOUR, POLICIES, RESIZING, training_transforms
 from transforms import FixedSizeCrop
-from utils import UserError
 
 CROPPING = ("lsj", "ssd", "ssdlite")
 COLOUR_KEEPING = tuple(policy for policy in POLICIES if policy != "ssd")
@@ -346,7 +345,7 @@ def test_resizing_policies_are_those_that_change_the_size_by_more_than_a_crop() 
 
 
 def test_an_unknown_policy_is_named_with_the_choices() -> None:
-    with pytest.raises(UserError, match=r"'autoaugment'.*hflip.*ssdlite"):
+    with pytest.raises(ValueError, match=r"'autoaugment'.*hflip.*ssdlite"):
         training_transforms("autoaugment")
 
 

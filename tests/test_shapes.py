@@ -23,7 +23,6 @@ from pycocotools.coco import COCO
 
 import shapes
 from shapes import make_shapes
-from utils import UserError
 
 # From pycocotools' mask decoder with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -313,7 +312,7 @@ def test_processes_at_once_end_with_one_valid_folder(tmp_path: Path) -> None:
     ("name", "value"), [("num_train", 0), ("num_val", -1), ("size", 63), ("seed", -1)]
 )
 def test_an_argument_out_of_range_is_named(tmp_path: Path, name: str, value: int) -> None:
-    with pytest.raises(UserError, match=rf"{name} must be at least \d+, got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must be at least \d+, got {value}"):
         make_shapes(tmp_path, **{**SMALL, name: value})
     assert not list(tmp_path.iterdir())
 
