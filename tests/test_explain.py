@@ -189,3 +189,15 @@ def test_an_image_without_annotations_is_refused(tiny_shapes: Path, tmp_path: Pa
     annotations = str(tiny_shapes / "annotations" / "instances_train2017.json")
     with pytest.raises(UserError, match=r"has no image named other.jpg"):
         visualize.main(["coding", str(tmp_path / "other.jpg"), "--annotations", annotations])
+
+
+@pytest.mark.parametrize("language", explain.PAGES)
+def test_the_table_of_anchors_has_the_sides_of_the_anchors_that_train(
+    pages: dict[str, str], scene: explain_pictures.Scene, language: str
+) -> None:
+    levels = scene.level_of_anchor()
+    for number, level in enumerate(explain_pictures.LEVELS):
+        sizes = scene.anchors[levels == number][:, 2:] - scene.anchors[levels == number][:, :2]
+        squares = sorted({int(w) for w, h in sizes.unique(dim=0).tolist() if w == h})
+        rows = [line for line in pages[language].splitlines() if line.startswith(f"| {level} |")]
+        assert any(row.endswith(f"| {', '.join(map(str, squares))} |") for row in rows)

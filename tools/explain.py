@@ -309,10 +309,11 @@ def table(name: str, language: str) -> str:
         )
         _, found, _ = network()
         rows, total_cells = [], 0
-        for level, sizes in zip(LEVELS, make_anchor_generator().sizes, strict=True):
+        _, rounded = base_anchors()
+        for level, nine in zip(LEVELS, rounded, strict=True):
             h, w = found[level][2:]
             total_cells += h * w
-            sides = ", ".join(map(str, sizes))
+            sides = ", ".join(f"{side:.0f}" for side, height in nine if side == height)
             cells = f"{h} × {w} = {h * w:,}"
             rows.append([level, str(8 * 2 ** len(rows)), cells, f"{9 * h * w:,}", sides])
         total = ["合计" if zh else "sum", "", f"{total_cells:,}", f"{9 * total_cells:,}", ""]

@@ -243,12 +243,13 @@ def draw_anchors(scene: Scene) -> Figure:
         anchors = scene.anchors[levels == level].reshape(rows, columns, -1, 4)
         nine = anchors[rows // 2, columns // 2]
         stride = 8 * 2**level
-        sides = (nine[:, 2:] - nine[:, :2]).prod(dim=1).sqrt()
+        size = nine[:, 2:] - nine[:, :2]
+        squares = size[size[:, 0] == size[:, 1], 0]
         _panel(
             axes[level],
             scene.image // 2 + 64,
             f"{LEVELS[level]}: {rows} × {columns} cells of {stride} px,\n"
-            f"anchors of {sides.min():.0f} to {sides.max():.0f} px",
+            f"square anchors of {squares.min():.0f} to {squares.max():.0f} px",
         )
         axes[level].set_xlim(0, width)
         axes[level].set_ylim(height, 0)
