@@ -13,7 +13,8 @@ DATA=${DATA:?is not set: the folder of COCO, with train2017, val2017 and annotat
 
 exec torchrun --nproc_per_node="${GPUS:-8}" train.py --data-path "$DATA" \
     --model retinanet_resnet50_fpn --weights-backbone ResNet50_Weights.IMAGENET1K_V1 \
-    --data-augmentation lsj --opt sgd --lr 0.01 --scale-lr --wd 1e-4 --clip-grad-norm 10 --batch-size 8 --workers 8 --epochs 100 \
-    --lr-scheduler cosineannealinglr --ema-decay 0.9998 --amp bf16 --eval-every 5 \
+    --data-augmentation lsj --opt sgd --lr 0.01 --scale-lr --wd 1e-4 --clip-grad-norm 10 \
+    --batch-size 8 --workers 8 --epochs 100 --lr-scheduler cosineannealinglr \
+    --ema-decay 0.9998 --amp bf16 --eval-every 5 \
     --keep-checkpoints 2 --output-dir "${OUTPUT:-runs/retinanet_r50_fpn_lsj_100e_ema_bf16}" \
     --resume auto "$@"
