@@ -14,7 +14,7 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,18 @@ import presets
 import retinanet
 import shapes
 import utils
+from flags import (
+    IGNORE,
+    LOG,
+    REFUSE,
+    ArgumentParser,
+    between,
+    inside,
+    non_negative,
+    positive,
+)
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
 from model import (
-    INFERENCE,
     build_model,
     check_model_name,
     load_trained,
@@ -48,205 +57,386 @@ from progress import RECIPE_BATCH
 from run import Evaluation, Run, open_folder
 from utils import Processes, UserError, logger
 
-PATH_FLAGS = ("train_images", "train_annotations", "val_images", "val_annotations")
-DETECTION_FLAGS = ("score_thresh", "nms_thresh", "detections_per_image", "topk_candidates")
-MODEL_FLAGS = (
-    *("weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "box_subnet", "anchor_sizes", "anchor_ratios", "sync_bn", *DETECTION_FLAGS),
-)
-EVALUATION_FLAGS = ("eval_batch_size", "workers", "coco_eval", "save_detections", "val_loss")
-ORDER_FLAGS = (
-    *("aspect_ratio_group_factor", "batch_size", "data_augmentation", "seed", "workers"),
-)
-OPTIMIZER_FLAGS = ("opt", "momentum", "wd", "norm_weight_decay")
-LOOP_FLAGS = ("seed", "clip_grad_norm", "print_freq")
-SCHEDULE_FLAGS = ("epochs", "lr_scheduler", "lr_steps", "lr_gamma", "warmup_steps")
+PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
-# What `--test-only` takes from the checkpoint unless a flag says otherwise.
-REMEMBERED_DATA = ("dataset", "data_path", "val_images", "val_annotations")
-REMEMBERED = (*REMEMBERED_DATA, "model", *INFERENCE)
-# What cannot change between the parts of one run, as `args.json` and checkpoints name it; and what
-# can and is said, as it has a say in the numbers. The other flags have none.
-FIXED = (
-    *("seed", "batch_size", "data_augmentation", "aspect_ratio_group_factor", "keep_empty"),
-    *("model", "weights", "weights_backbone", "trainable_backbone_layers", "min_size", "max_size"),
-    *("assigner", "anchor_sizes", "anchor_ratios", "ema_decay", "amp", "scale_lr", "sync_bn"),
-    *OPTIMIZER_FLAGS,
-)
-MAY_CHANGE = (
-    *("lr", *SCHEDULE_FLAGS, "clip_grad_norm", "box_subnet", "channels_last", "compile"),
-    *("use_deterministic_algorithms", *DETECTION_FLAGS),
-)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Declare the flags; their defaults are the published recipe."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_data_flags(parser.add_argument_group("data").add_argument)
-    _add_model_flags(parser.add_argument_group("model").add_argument)
-    _add_optimization_flags(parser.add_argument_group("optimization").add_argument)
-    _add_evaluation_flags(parser.add_argument_group("evaluation").add_argument)
-    _add_run_flags(parser.add_argument_group("speed and run").add_argument)
+def build_parser() -> ArgumentParser:
+    """Declare every flag, once; the defaults are the published recipe."""
+    parser = ArgumentParser(__doc__.split("\n\n")[0])
+    _add_data_flags(parser)
+    _add_model_flags(parser)
+    _add_optimization_flags(parser)
+    _add_evaluation_flags(parser)
+    _add_run_flags(parser)
     return parser
 
 
-def _add_data_flags(add: Callable[..., Any]) -> None:
+def _add_data_flags(parser: ArgumentParser) -> None:
+    # What the data holds is compared on a resume, not where it lies.
+    add = parser.group("data and detector")
     layouts = ("coco", "shapes", *formats.LAYOUTS)
-    add("--dataset", choices=layouts, default="coco", help="layout; shapes is drawn on the fly")
-    add("--data-path", type=Path, help="COCO, VOC or YOLO folder; for shapes, where to keep them")
-    add("--train-images", type=Path, help="instead of DATA_PATH/train2017")
-    add("--train-annotations", type=Path, help="instead of …/instances_train2017.json")
-    add("--val-images", type=Path, help="instead of DATA_PATH/val2017")
-    add("--val-annotations", type=Path, help="instead of …/instances_val2017.json")
-    add("--data-augmentation", choices=presets.POLICIES, default="hflip", help="policy")
-    add("--aspect-ratio-group-factor", type=int, default=3, help="groups per octave; -1 is off")
-    add("-b", "--batch-size", type=int, default=2, help="images per process")
-    add("-j", "--workers", type=int, default=4, help="loader processes per process")
-    add("--keep-empty", action="store_true", help="train on images without boxes, too")
+    add(
+        "--dataset",
+        choices=layouts,
+        default="coco",
+        remember=True,
+        help="layout of the data; shapes is drawn on the fly",
+    )
+    add(
+        "--data-path",
+        type=Path,
+        remember=True,
+        help="COCO, VOC or YOLO folder; for shapes, where to keep the images",
+    )
+    add("--train-images", type=Path, help="folder, in place of DATA_PATH/train2017")
+    add(
+        "--train-annotations",
+        type=Path,
+        help="file, in place of DATA_PATH/annotations/instances_train2017.json",
+    )
+    add("--val-images", type=Path, remember=True, help="folder, in place of DATA_PATH/val2017")
+    add(
+        "--val-annotations",
+        type=Path,
+        remember=True,
+        help="file, in place of DATA_PATH/annotations/instances_val2017.json",
+    )
+    add(
+        "--model",
+        default="retinanet_resnet50_fpn",
+        on_resume=REFUSE,
+        remember=True,
+        help="detector: a name of torchvision's, or retinanet_RESNET_fpn",
+    )
+    add = parser.group("training data", on_resume=REFUSE)
+    add(
+        "--data-augmentation",
+        choices=presets.POLICIES,
+        default="hflip",
+        help="augmentation policy of the training images",
+    )
+    add(
+        "--aspect-ratio-group-factor",
+        type=between(int, -1, 1000),
+        default=3,
+        help="groups of aspect ratios per octave; -1 switches grouping off",
+    )
+    add(
+        "-b",
+        "--batch-size",
+        type=positive(int),
+        default=2,
+        help="training images per process and batch",
+    )
+    add(
+        "-j",
+        "--workers",
+        type=non_negative(int, at_most=1024),
+        default=4,
+        on_resume=IGNORE,
+        help="loader processes of each process",
+    )
+    add("--keep-empty", action="store_true", help="train on images without boxes as well")
 
 
-def _add_model_flags(add: Callable[..., Any]) -> None:
-    add("--model", default="retinanet_resnet50_fpn", help="or retinanet_RESNET_fpn, fcos_…, ssd…")
-    add("--weights", help="of the detector: a torchvision name, or a file")
-    add("--weights-backbone", help="of the backbone: a torchvision name, or a file")
-    add("--trainable-backbone-layers", type=int, help="from the last, 0-5; the model's default")
-    add("--min-size", type=int, help="shorter side after resizing, pixels; the model's default")
-    add("--max-size", type=int, help="longer side after resizing at most, pixels; likewise")
-    add("--assigner", choices=retinanet.ASSIGNERS, default="torchvision", help="of RetinaNet")
+def _add_model_flags(parser: ArgumentParser) -> None:
+    add = parser.group("model", on_resume=REFUSE)
+    add(
+        "--weights",
+        remember=True,
+        help="weights of the whole detector: a name of torchvision's, or a file",
+    )
+    add(
+        "--weights-backbone",
+        remember=True,
+        help="weights of the backbone: a name of torchvision's, or a file",
+    )
+    add(
+        "--trainable-backbone-layers",
+        type=between(int, 0, 6),
+        help="layers of the backbone to train, 0 to 5 from the last; the model's own if not given",
+    )
+    add(
+        "--min-size",
+        type=positive(int, at_most=20_000),
+        remember=True,
+        help="shorter side of the resized image, pixels; the model's own if not given",
+    )
+    add(
+        "--max-size",
+        type=positive(int, at_most=20_000),
+        remember=True,
+        help="limit of the longer side of the resized image, pixels; the model's own if not given",
+    )
+    add(
+        "--assigner",
+        choices=retinanet.ASSIGNERS,
+        default="torchvision",
+        help="rule that assigns anchors to boxes; RetinaNet only",
+    )
     add(
         "--box-subnet",
         choices=retinanet.BOX_SUBNETS,
-        help="in training; sparse on a CPU, else dense",
+        on_resume=LOG,
+        help="where training computes the box head: sparse on a CPU, else dense; RetinaNet only",
     )
-    add("--anchor-sizes", type=int, nargs="+", help="of P3 … P7, pixels; 32 64 128 256 512")
-    add("--anchor-ratios", type=float, nargs="+", help="height / width of each; 0.5 1 2")
-
-
-def _add_optimization_flags(add: Callable[..., Any]) -> None:
-    add("--epochs", type=int, default=26, help="in all")
-    add("--opt", choices=("sgd", "sgd_nesterov", "adamw"), default="sgd", help="optimizer")
-    add("--lr", type=float, default=0.01, help="base rate, for the global batch that is used")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--wd", "--weight-decay", dest="wd", type=float, default=1e-4, help="weight decay")
-    add("--norm-weight-decay", type=float, help="weight decay of normalisation layers; as --wd")
-    add("--lr-scheduler", choices=("multisteplr", "cosineannealinglr"), default="multisteplr")
-    add("--lr-steps", type=int, nargs="+", default=[16, 22], help="epochs after which to decay")
-    add("--lr-gamma", type=float, default=0.1, help="factor of each decay")
-    add("--warmup-steps", type=int, help="optimizer steps; 1000, or all but one of a shorter epoch")
-    add("--scale-lr", action="store_true", help=f"lr is for a global batch of {RECIPE_BATCH}")
-    add("--accumulate-steps", type=int, default=1, help="batches per process and optimizer step")
-    add("--clip-grad-norm", type=float, help="largest L2 norm of the gradients")
     add(
-        "--ema-decay", type=float, help="average the weights, per optimizer step, and evaluate that"
+        "--anchor-sizes",
+        type=positive(int),
+        nargs="+",
+        remember=True,
+        help="sides of the anchors of P3 to P7, pixels; 32 to 512 if not given; RetinaNet only",
     )
-    add("--sync-bn", action="store_true", help="batch statistics over all processes (CUDA)")
+    add(
+        "--anchor-ratios",
+        type=positive(float),
+        nargs="+",
+        remember=True,
+        help="height / width of the anchors; 0.5 1 2 if not given; RetinaNet only",
+    )
+    switch = argparse.BooleanOptionalAction
+    add(
+        "--sync-bn",
+        action=switch,
+        default=False,
+        help="batch statistics over all processes; CUDA only",
+    )
+    thresholds = {"on_resume": LOG, "remember": True}
+    add(
+        "--score-thresh",
+        type=between(float, 0, 1),
+        **thresholds,
+        help="score above which a detection counts; the model's own if not given",
+    )
+    add(
+        "--nms-thresh",
+        type=between(float, 0, 1),
+        **thresholds,
+        help="IoU above which the worse detection is dropped; the model's own if not given",
+    )
+    add(
+        "--detections-per-image",
+        type=positive(int),
+        **thresholds,
+        help="limit after suppression (COCO counts 100); the model's own if not given",
+    )
+    add(
+        "--topk-candidates",
+        type=positive(int),
+        **thresholds,
+        help="limit before suppression, per level (SSD: per class); the model's own if not given",
+    )
 
 
-def _add_evaluation_flags(add: Callable[..., Any]) -> None:
+def _add_optimization_flags(parser: ArgumentParser) -> None:
+    add = parser.group("optimization", on_resume=REFUSE)
+    add("--opt", choices=("sgd", "sgd_nesterov", "adamw"), default="sgd", help="optimizer")
+    add(
+        "--lr",
+        type=positive(float),
+        default=0.01,
+        on_resume=LOG,
+        help="base learning rate, for the global batch in use",
+    )
+    add(
+        "--scale-lr",
+        action="store_true",
+        help=f"--lr is for a global batch of {RECIPE_BATCH}: scale it to the global batch in use",
+    )
+    add("--momentum", type=between(float, 0, 1), default=0.9, help="momentum of SGD")
+    add(
+        "--wd",
+        "--weight-decay",
+        dest="wd",
+        type=non_negative(float),
+        default=1e-4,
+        help="weight decay",
+    )
+    add(
+        "--norm-weight-decay",
+        type=non_negative(float),
+        help="weight decay of normalisation layers; that of --wd if not given",
+    )
+    add(
+        "--accumulate-steps",
+        type=positive(int),
+        default=1,
+        on_resume=IGNORE,
+        help="batches per process and optimizer step",
+    )
+    add(
+        "--ema-decay",
+        type=inside(0, 1),
+        help="average the weights with this decay per optimizer step, and evaluate the average",
+    )
+    add(
+        "--clip-grad-norm",
+        type=positive(float),
+        on_resume=LOG,
+        help="limit of the L2 norm of all gradients together",
+    )
+    add = parser.group("schedule", on_resume=LOG)
+    add(
+        "--epochs",
+        type=positive(int, at_most=1_000_000),
+        default=26,
+        help="epochs of the whole run",
+    )
+    add(
+        "--lr-scheduler",
+        choices=("multisteplr", "cosineannealinglr"),
+        default="multisteplr",
+        help="schedule of the learning rate",
+    )
+    add(
+        "--lr-steps",
+        type=non_negative(int),
+        nargs="+",
+        default=[16, 22],
+        help="epochs after which multisteplr decays the rate",
+    )
+    add(
+        "--lr-gamma",
+        type=between(float, 0, 1),
+        default=0.1,
+        help="factor of each decay of multisteplr",
+    )
+    add(
+        "--warmup-steps",
+        type=non_negative(int),
+        help="optimizer steps of warm-up; 1000, or fewer in a shorter epoch, if not given",
+    )
+
+
+def _add_evaluation_flags(parser: ArgumentParser) -> None:
+    add = parser.group("evaluation")
     add("--test-only", action="store_true", help="evaluate --resume or --weights, do not train")
-    add("--eval-every", type=int, default=1, help="epochs; 0 is never")
-    add("--eval-batch-size", type=int, default=1, help="images of one padded size per process")
-    add("--coco-eval", choices=coco_eval.BACKENDS, default="hotcoco", help="same numbers, faster")
-    add("--save-detections", action="store_true", help="as a COCO results file")
-    add("--val-loss", action="store_true", help="losses on the validation images as well")
-    add("--score-thresh", type=float, help="detect above this score; the model's default")
-    add("--nms-thresh", type=float, help="suppress above this IoU with a better one; likewise")
-    add("--detections-per-image", type=int, help="at most, after NMS; likewise (COCO counts 100)")
-    add("--topk-candidates", type=int, help="before NMS, per level (SSD: per class); likewise")
+    add(
+        "--eval-every",
+        type=non_negative(int),
+        default=1,
+        help="epochs between evaluations; 0 is never",
+    )
+    add(
+        "--eval-batch-size",
+        type=positive(int),
+        default=1,
+        help="images of one padded size per process and batch of an evaluation",
+    )
+    add(
+        "--coco-eval",
+        choices=coco_eval.BACKENDS,
+        default="hotcoco",
+        help="library that scores; both give the same numbers, hotcoco faster",
+    )
+    add(
+        "--save-detections", action="store_true", help="write the detections as a COCO results file"
+    )
+    add(
+        "--val-loss",
+        action="store_true",
+        help="compute the losses of the validation images as well",
+    )
 
 
-def _add_run_flags(add: Callable[..., Any]) -> None:
-    add("--amp", nargs="?", const="bf16", choices=("fp16", "bf16"), help="alone: bf16")
+def _add_run_flags(parser: ArgumentParser) -> None:
+    add = parser.group("speed", on_resume=LOG)
+    add(
+        "--amp",
+        nargs="?",
+        const="bf16",
+        choices=("fp16", "bf16"),
+        on_resume=REFUSE,
+        help="mixed precision; --amp without a value is bf16",
+    )
     add("--compile", action="store_true", help="compile backbone and head (torch.compile)")
-    add("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    add("--device", choices=("cuda", "cpu"), help="cuda where there is one, else cpu")
-    add("--output-dir", type=Path, help="default: runs/MODEL")
-    add("--resume", help="a checkpoint, or 'auto' for the newest in --output-dir")
-    add("--seed", type=int, default=0, help="of order, augmentation and initial weights")
-    add("--checkpoint-every", type=int, default=1000, help="optimizer steps; 0: every epoch")
-    add("--keep-checkpoints", type=int, help="newest model_EPOCH.pth to keep; all")
-    add("--max-steps", type=int, help="stop cleanly after this many optimizer steps in all")
-    add("--print-freq", type=int, default=20, help="optimizer steps per line of the log")
-    add("--tensorboard", action="store_true", help="write scalars and sample images there")
-    add("--use-deterministic-algorithms", action="store_true", help="bit-exact on CUDA, slower")
+    add(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="memory format of weights and images",
+    )
+    add(
+        "--device",
+        choices=("cuda", "cpu"),
+        on_resume=IGNORE,
+        help="device; cuda if there is one, else cpu, if not given",
+    )
+    add(
+        "--use-deterministic-algorithms",
+        action="store_true",
+        help="the same bits in every run on CUDA, slower",
+    )
+    add = parser.group("run")
+    add("--output-dir", type=Path, help="folder of the run; runs/MODEL if not given")
+    add("--resume", help="checkpoint to continue, or 'auto' for the newest in --output-dir")
+    add(
+        "--seed",
+        type=non_negative(int, at_most=2**63 - 1),
+        default=0,
+        on_resume=REFUSE,
+        help="seed of the order, the augmentation and the initial weights",
+    )
+    add(
+        "--checkpoint-every",
+        type=non_negative(int),
+        default=1000,
+        help="optimizer steps between saves; 0 saves after each epoch only",
+    )
+    add(
+        "--keep-checkpoints",
+        type=non_negative(int),
+        help="how many model_EPOCH.pth to keep, the newest; all if not given",
+    )
+    add("--max-steps", type=positive(int), help="stop cleanly after this optimizer step of the run")
+    add("--print-freq", type=positive(int), default=20, help="optimizer steps per line of the log")
+    add(
+        "--tensorboard", action="store_true", help="write scalars and sample images for TensorBoard"
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags; with `--test-only`, what a checkpoint remembers are the defaults."""
+    """Parse flags; with `--test-only`, what a checkpoint remembers takes the place of defaults."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.test_only and args.resume and args.resume != "auto":
-        remembered = checkpoint.load(Path(args.resume)).get("args", {})
-        given = build_parser()
-        given.set_defaults(dataset=..., data_path=...)
-        values = vars(given.parse_args(argv))
-        forgotten: Sequence[str] = ()
-        for place, name in enumerate(REMEMBERED_DATA[:2], start=1):
-            if values[name] not in (..., _typed(name, remembered.get(name))):
-                forgotten = REMEMBERED_DATA[place:]  # they belong to other data
-                break
-        known = [name for name in REMEMBERED if name in remembered and name not in forgotten]
-        parser.set_defaults(**{name: _typed(name, remembered[name]) for name in known})
-        args = parser.parse_args(argv)
+        saved = checkpoint.load(Path(args.resume)).get("args", {})
+        # Other data than the checkpoint's: its other paths do not belong to them.
+        unset = argparse.Namespace(dataset=None, data_path=None)
+        given = parser.parse_args(argv, unset)
+        known = dict(saved)
+        if given.dataset not in (None, saved.get("dataset")):
+            known = {k: v for k, v in saved.items() if k not in ("data_path", *PATHS)}
+        elif given.data_path is not None and str(given.data_path) != str(saved.get("data_path")):
+            known = {k: v for k, v in saved.items() if k not in PATHS}
+        args = parser.parse_args(argv, parser.recall(known))
     return args
 
 
-def _typed(name: str, value: Any) -> Any:
-    return (
-        Path(value)
-        if value is not None and name.endswith(("path", "images", "annotations"))
-        else value
-    )
-
-
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for values that cannot work, before any data is read."""
+    """Raise UserError for flags that do not go together, before any data is read."""
     check_model_name(args.model)
-    positive = ("batch_size", "epochs", "lr", "accumulate_steps", "eval_batch_size", "print_freq")
-    optional = (
-        *("min_size", "max_size", "clip_grad_norm", "max_steps", "ema_decay"),
-        *("detections_per_image", "topk_candidates"),
-    )
-    for name in positive + optional:
-        value = getattr(args, name)
-        if value is not None and value <= 0 or value is None and name in positive:
-            raise UserError(f"{_flag(name)} {value}: must be greater than 0")
-    for name in (
-        "keep_checkpoints",
-        "workers",
-        "seed",
-        "wd",
-        "momentum",
-        "warmup_steps",
-        "checkpoint_every",
-        "eval_every",
-    ):
-        if (getattr(args, name) or 0) < 0:
-            raise UserError(f"{_flag(name)} {getattr(args, name)}: must not be negative")
+    device = args.device or utils.default_device()
     if args.lr_steps != sorted(set(args.lr_steps)):
         raise UserError(f"--lr-steps {args.lr_steps}: epochs must increase, such as 16 22")
-    if args.ema_decay is not None and args.ema_decay >= 1:
-        raise UserError(f"--ema-decay {args.ema_decay}: must be below 1, such as 0.9998")
-    if args.trainable_backbone_layers is not None and not 0 <= args.trainable_backbone_layers <= 6:
-        raise UserError(f"--trainable-backbone-layers {args.trainable_backbone_layers}: use 0 to 5")
-    for name in ("score_thresh", "nms_thresh"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"{_flag(name)} {getattr(args, name)}: must be between 0 and 1")
+    if args.opt == "sgd_nesterov" and not args.momentum:
+        raise UserError("--opt sgd_nesterov needs a --momentum greater than 0")
+    layers = args.trainable_backbone_layers
+    if layers == 6 and "mobilenet" not in args.model:
+        raise UserError(f"--trainable-backbone-layers {layers}: {args.model} has 5; give 0 to 5")
     make_anchor_generator(args.anchor_sizes, args.anchor_ratios)
     if args.min_size and args.max_size and args.min_size > args.max_size:
         raise UserError(f"--min-size {args.min_size} is larger than --max-size {args.max_size}")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.compile and args.box_subnet == "sparse":
         raise UserError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
-    if args.device != "cuda" and args.sync_bn:
-        raise UserError("--sync-bn works on CUDA only; leave it out")
+    if args.sync_bn and device != "cuda":
+        raise UserError("--sync-bn works on CUDA only, and this run is on a CPU; leave it out")
     if args.dataset == "coco" and not args.data_path:
-        needed = PATH_FLAGS[2:] if args.test_only else PATH_FLAGS
+        needed = PATHS[2:] if args.test_only else PATHS
         if not all(getattr(args, name) for name in needed):
             raise UserError("--data-path is missing: a folder in COCO layout, or --dataset shapes")
     if args.dataset in formats.LAYOUTS and not args.data_path:
@@ -255,8 +445,18 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--test-only needs what to test: --resume CHECKPOINT or --weights NAME")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def check_sizes(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
+    """Raise UserError for a batch or a step that is larger than the training data."""
+    if args.batch_size > num_images:
+        raise UserError(
+            f"--batch-size {args.batch_size} is more than the {num_images} images to train on"
+        )
+    batches = -(-num_images // args.batch_size)
+    if args.accumulate_steps > 1 and args.accumulate_steps * num_processes > batches:
+        raise UserError(
+            f"--accumulate-steps {args.accumulate_steps} on {num_processes} processes makes steps "
+            f"of {args.accumulate_steps * num_processes} batches, and an epoch has {batches}"
+        )
 
 
 def data_paths(
@@ -436,7 +636,7 @@ def training_data(
 def main(args: argparse.Namespace) -> None:
     """Train, or with `--test-only` evaluate: the whole run in order."""
     check_flags(args)
-    pick = functools.partial(_pick, vars(args))
+    parser = build_parser()
     with contextlib.ExitStack() as stack:
         # Processes, output folder, log
         utils.follow_launcher()
@@ -447,7 +647,8 @@ def main(args: argparse.Namespace) -> None:
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
 
         # Data and classes
-        paths = data_paths(args.dataset, args.data_path, pick(PATH_FLAGS))
+        overrides = {name: getattr(args, name) for name in PATHS}
+        paths = data_paths(args.dataset, args.data_path, overrides)
         val, *rest = read_splits(paths, ["val"] if args.test_only else ["val", "train"])
         train = rest[0] if rest else val
         saved = checkpoint.load(resume) if resume else {}
@@ -458,15 +659,25 @@ def main(args: argparse.Namespace) -> None:
         # Model
         torch.manual_seed(args.seed)
         resize = args.data_augmentation not in presets.RESIZING
-        model = build_model(
-            args.model, label_map, resize, not saved, not args.test_only, **pick(MODEL_FLAGS)
-        )
+        options = parser.values(args, "model")
+        model = build_model(args.model, label_map, resize, not saved, not args.test_only, **options)
         model = model.to(processes.device).to(memory_format=MEMORY_FORMATS[args.channels_last])
 
         # Evaluation, which is all there is to do with --test-only
-        amp: dict[str, Any] = {"amp_dtype": AMP_DTYPES.get(args.amp), "should_stop": should_stop}
+        amp_dtype = AMP_DTYPES.get(args.amp)
         val_set = coco_utils.CocoDetection(paths["val_images"], val, label_map)
-        evaluation = evaluation_of(model, val_set, processes, **amp, **pick(EVALUATION_FLAGS))
+        evaluation = evaluation_of(
+            model,
+            val_set,
+            processes,
+            eval_batch_size=args.eval_batch_size,
+            workers=args.workers,
+            coco_eval=args.coco_eval,
+            save_detections=args.save_detections,
+            val_loss=args.val_loss,
+            amp_dtype=amp_dtype,
+            should_stop=should_stop,
+        )
         if args.test_only:
             if saved:
                 load_trained(model, saved, str(resume))
@@ -479,13 +690,31 @@ def main(args: argparse.Namespace) -> None:
         train_set = coco_utils.CocoDetection(
             paths["train_images"], train, label_map, transforms, args.seed, keep
         )
+        check_sizes(args, len(train_set), processes.world_size)
         per_step = batches_per_step(args.accumulate_steps, processes.world_size, saved)
-        sampler, loader = training_data(train_set, processes, per_step, **pick(ORDER_FLAGS))
+        sampler, loader = training_data(
+            train_set,
+            processes,
+            per_step,
+            aspect_ratio_group_factor=args.aspect_ratio_group_factor,
+            batch_size=args.batch_size,
+            data_augmentation=args.data_augmentation,
+            seed=args.seed,
+            workers=args.workers,
+        )
 
         # Optimizer, the one schedule, EMA, DDP
         lr = args.lr * (args.batch_size * per_step / RECIPE_BATCH if args.scale_lr else 1)
-        optimizer = build_optimizer(model, lr, **pick(OPTIMIZER_FLAGS))
-        factor = functools.partial(lr_factor, sampler.steps_per_epoch, **pick(SCHEDULE_FLAGS))
+        optimizer = build_optimizer(
+            model,
+            lr,
+            opt=args.opt,
+            momentum=args.momentum,
+            wd=args.wd,
+            norm_weight_decay=args.norm_weight_decay,
+        )
+        schedule = parser.values(args, "schedule")
+        factor = functools.partial(lr_factor, sampler.steps_per_epoch, **schedule)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         ema = make_ema(model, args.ema_decay)
@@ -493,19 +722,20 @@ def main(args: argparse.Namespace) -> None:
         wrapped = wrap(model, processes.device, processes.world_size, args.compile)
 
         # Resume
-        changeable = {"device": processes.device.type, "torch": str(torch.__version__)}
-        changeable |= {"val_data": val.fingerprint(), **pick(MAY_CHANGE)}
-        identity = {"data": train.fingerprint(), "batches_per_step": per_step, **pick(FIXED)}
-        identity |= changeable
+        may_change = {"device": processes.device.type, "torch": str(torch.__version__)}
+        may_change |= {"val_data": val.fingerprint(), **parser.compared(args, LOG)}
+        identity = {"data": train.fingerprint(), "batches_per_step": per_step}
+        identity |= {**parser.compared(args, REFUSE), **may_change}
         if resume:
             saved = checkpoint.as_own(saved, identity, sampler.steps_per_epoch, resume)
-            checkpoint.check_same_run(saved["args"], identity, changeable, resume)
+            # A flag that is newer than the checkpoint had its default.
+            before = parser.defaults() | saved["args"]
+            checkpoint.check_same_run(before, identity, may_change, resume)
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
 
-        # Epochs: train, save, then evaluate
-        loop = {"batches_per_step": per_step, "weight": sampler.weight, **amp, **pick(LOOP_FLAGS)}
+        # Epochs: an evaluation that is due, also from before a resume; then train and save
         while not run.is_stopped():
             if run.evaluation_is_due() and not run.evaluate():
                 break
@@ -513,17 +743,24 @@ def main(args: argparse.Namespace) -> None:
                 break
             sampler.set_epoch(state.epoch, state.position)
             finished = engine.train_one_epoch(
-                wrapped, state, loader, processes, after_step=run.after_step, **loop
+                wrapped,
+                state,
+                loader,
+                processes,
+                seed=args.seed,
+                batches_per_step=per_step,
+                weight=sampler.weight,
+                after_step=run.after_step,
+                amp_dtype=amp_dtype,
+                clip_grad_norm=args.clip_grad_norm,
+                print_freq=args.print_freq,
+                should_stop=should_stop,
             )
             if not finished:
                 break
             state.epoch, state.position = state.epoch + 1, 0
             run.save(f"model_{state.epoch - 1}.pth")
         run.finish()
-
-
-def _pick(flags: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: flags[name] for name in names}
 
 
 def run_from_command_line() -> None:

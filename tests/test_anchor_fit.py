@@ -143,14 +143,17 @@ def test_the_default_anchors_are_torchvisions() -> None:
     "flags, message",
     [
         (["--anchor-sizes", "8", "16"], "--anchor-sizes 8 16: give five positive numbers"),
-        (["--anchor-sizes", "0", "1", "2", "3", "4"], "--anchor-sizes 0 1 2 3 4: give five"),
-        (["--anchor-ratios", "-1"], "--anchor-ratios -1.0: give positive numbers"),
+        (
+            ["--anchor-sizes", "0", "1", "2", "3", "4"],
+            "0 is out of range; give a whole",
+        ),
+        (["--anchor-ratios", "-1"], "-1 is out of range; give a number greater than 0"),
+        (["--anchor-ratios", "nan"], "nan is out of range; give a number greater than 0"),
     ],
 )
 def test_anchors_that_cannot_be_are_refused(flags: list[str], message: str) -> None:
-    given = train_script.build_parser().parse_args([*flags, "--dataset", "shapes"])
     with pytest.raises(UserError, match=re.escape(message)):
-        train_script.check_flags(given)
+        train_script.check_flags(train_script.parse_args([*flags, "--dataset", "shapes"]))
 
 
 @pytest.mark.parametrize("name", ["retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2"])
@@ -180,6 +183,7 @@ def test_a_checkpoint_remembers_its_anchors(train: Train, tmp_path: Path) -> Non
     assert model.anchor_generator.sizes[0] == (12, 15, 19)
     assert model.anchor_generator.aspect_ratios == ((0.5, 1.5),) * 5
     saved = checkpoint.load(path)
-    assert {"anchor_sizes", "anchor_ratios"} <= set(train_script.FIXED)
+    on_resume = train_script.build_parser().on_resume
+    assert on_resume["anchor_sizes"] == on_resume["anchor_ratios"] == "refuse"
     with pytest.raises(UserError, match="know 6 anchors per place, and --anchor-ratios make 9"):
         build_model("retinanet_resnet18_fpn", saved["categories"], weights=str(path))

@@ -237,10 +237,10 @@ def test_post_processing_is_remembered_for_the_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--score-thresh", "1.5"], "--score-thresh 1.5: must be between 0 and 1"),
-        (["--nms-thresh", "-0.1"], "--nms-thresh -0.1: must be between 0 and 1"),
-        (["--detections-per-image", "0"], "--detections-per-image 0: must be greater than 0"),
-        (["--topk-candidates", "-3"], "--topk-candidates -3: must be greater than 0"),
+        (["--score-thresh", "1.5"], "1.5 is out of range; give a number from 0 to 1"),
+        (["--nms-thresh", "-0.1"], "-0.1 is out of range; give a number from 0 to 1"),
+        (["--detections-per-image", "0"], "0 is out of range; give a whole number greater than 0"),
+        (["--topk-candidates", "-3"], "-3 is out of range; give a whole number greater than 0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

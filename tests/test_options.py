@@ -149,10 +149,20 @@ def test_scale_lr_is_linear_in_the_images_of_a_step(
     assert saved["lr_scheduler"]["base_lrs"] == [pytest.approx(1e-3 * images / 16)]
 
 
-def test_sync_bn_is_refused_where_it_would_be_ignored() -> None:
-    flags = train_script.build_parser().parse_args(["--sync-bn", "--dataset", "shapes"])
-    with pytest.raises(UserError, match="--sync-bn works on CUDA only"):
-        train_script.check_flags(flags)
+def test_sync_bn_is_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags in (
+        ["--sync-bn"],
+        ["--sync-bn", "--device", "cuda"],
+        ["--sync-bn", "--device", "cpu"],
+    ):
+        args = train_script.parse_args([*flags, "--dataset", "shapes"])
+        for has_cuda in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda has=has_cuda: has)
+            if has_cuda and args.device != "cpu":
+                train_script.check_flags(args)
+                continue
+            with pytest.raises(UserError, match="--sync-bn works on CUDA only|no CUDA device here"):
+                train_script.check_flags(args)
     model = build_model("retinanet_resnet18_fpn", LABEL_MAP, sync_bn=True)
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(layers) == 20 and all(isinstance(m, nn.SyncBatchNorm) for m in layers)

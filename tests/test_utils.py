@@ -44,6 +44,7 @@ SCRIPTS = sorted([*ROOT.glob("recipes/*.sh"), ROOT / ".ci" / "run", ROOT / "Make
 # The table of DESIGN.md, in its order: a module, and which modules of the house it may import.
 MAY_IMPORT = {
     "utils": set[str](),
+    "flags": {"utils"},
     "transforms": set(),
     "group_by_aspect_ratio": set(),
     "checkpoint": {"utils"},

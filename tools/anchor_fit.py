@@ -171,16 +171,16 @@ def flag_text(sizes: Sequence[int], ratios: Sequence[float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the best-possible recall, and better anchors if it is low; flags are train.py's."""
-    flags = train.build_parser().parse_args(argv)
+    parser = train.build_parser()
+    flags = parser.parse_args(argv)
     train.check_flags(flags)
     if not flags.model.startswith("retinanet"):
         raise UserError(f"--model {flags.model}: anchors are fitted for RetinaNet alone")
-    values = vars(flags)
-    overrides = {name: values[name] for name in train.PATH_FLAGS}
+    overrides = {name: getattr(flags, name) for name in train.PATHS}
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = train.read_splits(paths, ["train"])
     label_map = coco_utils.label_categories(annotations.categories)
-    model_flags = {name: values[name] for name in train.MODEL_FLAGS}
+    model_flags = parser.values(flags, "model")
     model: Any = build_model(flags.model, label_map, load=False, **model_flags)
     boxes = boxes_to_cover(annotations, model.transform)
     if not len(boxes.xyxy):

@@ -256,7 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset", choices=("coco", "shapes", *formats.LAYOUTS), default="coco")
     parser.add_argument("--data-path", type=Path, help="COCO, VOC or YOLO folder")
-    for name in train.PATH_FLAGS:
+    for name in train.PATHS:
         parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
     parser.add_argument("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -273,7 +273,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check, print, draw; return the exit status."""
     flags = build_parser().parse_args(argv)
-    overrides = {name: getattr(flags, name) for name in train.PATH_FLAGS}
+    overrides = {name: getattr(flags, name) for name in train.PATHS}
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)

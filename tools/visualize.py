@@ -35,6 +35,7 @@ import coco_utils
 import presets
 import train
 import utils
+from flags import ArgumentParser, non_negative, positive
 from model import build_model, load_detector
 from tools import anchor_fit, drawing, explain_pictures
 from utils import UserError, run_command
@@ -69,25 +70,29 @@ def draw_batches(
     return drawing.mosaic(tiles, columns=len(batches[0][0]))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Declare the flags: those of train.py, and what is drawn."""
     parser = train.build_parser()
     add = parser.add_argument_group("picture").add_argument
     add("--picture", type=Path, default=Path("batch.jpg"), help="file to write")
-    add("--batches", type=int, default=4, help="batches to draw, one per row")
-    add("--epoch", type=int, default=0, help="the epoch to take them from")
-    add("--side", type=int, default=480, help="longer side of an image in the picture, pixels")
+    add("--batches", type=positive(int), default=4, help="batches to draw, one per row")
+    add("--epoch", type=non_negative(int), default=0, help="the epoch to take them from")
+    add(
+        "--side",
+        type=positive(int, at_most=20_000),
+        default=480,
+        help="longer side of an image in the picture, pixels",
+    )
     return parser
 
 
 def draw_batch(argv: list[str]) -> None:
     """Draw batches as the model sees them, by the flags of `build_parser`."""
-    flags = build_parser().parse_args(argv)
+    parser = build_parser()
+    flags = parser.parse_args(argv)
     train.check_flags(flags)
-    values = vars(flags)
-    paths = train.data_paths(
-        flags.dataset, flags.data_path, {name: values[name] for name in train.PATH_FLAGS}
-    )
+    overrides = {name: getattr(flags, name) for name in train.PATHS}
+    paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = train.read_splits(paths, ["train"])
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
@@ -96,12 +101,20 @@ def draw_batch(argv: list[str]) -> None:
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
     processes = utils.Processes(torch.device("cpu"))
-    order = {name: values[name] for name in train.ORDER_FLAGS}
-    sampler, loader = train.training_data(data, processes, flags.accumulate_steps, **order)
+    sampler, loader = train.training_data(
+        data,
+        processes,
+        flags.accumulate_steps,
+        aspect_ratio_group_factor=flags.aspect_ratio_group_factor,
+        batch_size=flags.batch_size,
+        data_augmentation=flags.data_augmentation,
+        seed=flags.seed,
+        workers=flags.workers,
+    )
     sampler.set_epoch(flags.epoch, 0)
     resize = flags.data_augmentation not in presets.RESIZING
-    model_flags = {name: values[name] for name in train.MODEL_FLAGS}
-    model = build_model(flags.model, label_map, resize, load=False, **model_flags).train()
+    options = parser.values(flags, "model")
+    model = build_model(flags.model, label_map, resize, load=False, **options).train()
     torch.manual_seed(utils.derive_seed(flags.seed, flags.epoch, 0))
     batches = list(itertools.islice(loader, flags.batches))
     picture = draw_batches(batches, model, label_map, flags.side)

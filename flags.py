@@ -1,0 +1,131 @@
+"""Command-line flags, each declared once: group, range, default, help, and what a resume does.
+
+What differs from argparse: a flag also says what happens when a resumed run gives another value,
+and whether `--test-only` takes its default from the checkpoint; numbers have a range, and neither
+NaN nor infinity is in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from utils import UserError
+
+# What a resume does if the flag differs from the checkpoint's.
+REFUSE, LOG, IGNORE = "refuse", "log", "ignore"
+
+LARGEST = 2**31 - 1  # of a whole number, unless a flag says otherwise
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds "(default: …)" to the help of a flag that has a default and is no switch."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return f"{text} (default: %(default)s)" if shown else text
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, which keeps beside each flag what is declared with it.
+
+    Attributes:
+        on_resume: by flag, one of `REFUSE`, `LOG` and `IGNORE`.
+        remembered: the flags whose default `--test-only` takes from the checkpoint.
+    """
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=HelpFormatter)
+        self.groups: dict[str, list[argparse.Action]] = {}
+        self.on_resume: dict[str, str] = {}
+        self.remembered: list[argparse.Action] = []
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a UserError in place of printing a page of usage."""
+        raise UserError(f"{message} (--help lists all flags)")
+
+    def group(self, title: str, on_resume: str = IGNORE) -> Callable[..., None]:
+        """Return the function that declares a flag of a group: `add_argument`, and two arguments.
+
+        These are `on_resume`, of which the group's is the default, and `remember`.
+        """
+        group, of_group = self.add_argument_group(title), on_resume
+
+        def add(*names: str, on_resume: str = of_group, remember: bool = False, **of: Any) -> None:
+            action = group.add_argument(*names, **of)
+            self.groups.setdefault(title, []).append(action)
+            self.on_resume[action.dest] = on_resume
+            if remember:
+                self.remembered.append(action)
+
+        return add
+
+    def values(self, args: argparse.Namespace, title: str) -> dict[str, Any]:
+        """Return the flags of a group by name."""
+        return {action.dest: getattr(args, action.dest) for action in self.groups[title]}
+
+    def compared(self, args: argparse.Namespace, on_resume: str) -> dict[str, Any]:
+        """Return the flags that a resume refuses to change, or logs, by name."""
+        return {
+            name: getattr(args, name) for name, what in self.on_resume.items() if what == on_resume
+        }
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the default of every flag by name."""
+        return {name: self.get_default(name) for name in self.on_resume}
+
+    def recall(self, saved: Mapping[str, Any]) -> argparse.Namespace:
+        """Return the remembered flags that a checkpoint saved, to take the place of defaults.
+
+        Give the result to `parse_args`.
+        """
+        recalled = argparse.Namespace()
+        for action in self.remembered:
+            if action.dest in saved:
+                value = saved[action.dest]
+                is_path = action.type is Path and value is not None
+                setattr(recalled, action.dest, Path(value) if is_path else value)
+        return recalled
+
+
+def _in_range(kind: type, words: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Return an argparse type: a finite number of `kind` that `fits`; `words` say which do."""
+    noun = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}; give {words}") from None
+        if not math.isfinite(value) or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range; give {noun} {words}")
+        return value
+
+    return parse
+
+
+def positive(kind: type, at_most: float = LARGEST) -> Callable[[str], Any]:
+    """Return an argparse type: a number greater than 0 and not over `at_most`."""
+    words = "greater than 0" + (f", at most {at_most:,}" if at_most != LARGEST else "")
+    return _in_range(kind, words, lambda value: 0 < value <= at_most)
+
+
+def non_negative(kind: type, at_most: float = LARGEST) -> Callable[[str], Any]:
+    """Return an argparse type: 0 or a greater number, not over `at_most`."""
+    words = "of at least 0" + (f", at most {at_most:,}" if at_most != LARGEST else "")
+    return _in_range(kind, words, lambda value: 0 <= value <= at_most)
+
+
+def between(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    """Return an argparse type: a number from `low` to `high`, both included."""
+    return _in_range(kind, f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def inside(low: float, high: float) -> Callable[[str], Any]:
+    """Return an argparse type: a number between `low` and `high`, both excluded."""
+    words = f"greater than {low:g} and less than {high:g}"
+    return _in_range(float, words, lambda value: low < value < high)

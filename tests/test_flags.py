@@ -1,0 +1,194 @@
+"""Every flag is declared once, and every command of the docs works: pytest tests/test_flags.py.
+
+The commands are parsed and checked exactly as they stand there, as on a machine with CUDA and as on
+one without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import checkpoint
+import train as train_script
+from flags import IGNORE, LOG, REFUSE, ArgumentParser, between, inside, non_negative, positive
+from utils import UserError
+
+ROOT = Path(__file__).parents[1]
+# The commands of docs/forking.md are for the forks that its diffs make: tests/test_forking.py.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.remove(ROOT / "docs" / "forking.md")
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Return the words after `train.py` of every command of a page, as a shell splits them."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^ {4}.*\b(?:torchrun|python3?|uv run)\b.*?train\.py(.*)$", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands_of(page)]
+
+
+@pytest.mark.parametrize("has_cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("page, words", COMMANDS, ids=lambda v: v if isinstance(v, str) else "")
+def test_a_command_of_the_docs_is_accepted_as_written(
+    page: str,
+    words: list[str],
+    has_cuda: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.chdir(tmp_path)
+    if "--test-only" in words and "--resume" in words:  # the run that the page speaks of
+        path = Path(words[words.index("--resume") + 1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save({"args": {"dataset": "coco", "data_path": "/coco"}}, path)
+    args = train_script.parse_args(words)
+    if not has_cuda and (args.sync_bn or args.device == "cuda"):
+        with pytest.raises(UserError, match="CUDA"):
+            train_script.check_flags(args)
+    else:
+        train_script.check_flags(args)
+
+
+def test_the_docs_have_commands() -> None:
+    assert len(COMMANDS) > 15
+    assert any("--sync-bn" in words for _, words in COMMANDS)
+
+
+# --- ranges ---------------------------------------------------------------------------------------
+
+NEVER = ["nan", "-nan", "inf", "-inf", "", "x", "1e999"]
+TOO_LARGE = {
+    "--seed": "18446744073709551616",
+    "--epochs": "1000000000000000000",
+    "--batch-size": "1000000000000",
+    "--workers": "1000000",
+    "--trainable-backbone-layers": "7",
+    "--momentum": "1.1",
+    "--lr-gamma": "1.5",
+    "--ema-decay": "1",
+}
+
+
+def numeric_flags() -> list[argparse.Action]:
+    parser = train_script.build_parser()
+    wordless = (Path, None)
+    flags = [action for group in parser.groups.values() for action in group]
+    return [action for action in flags if action.type not in wordless]
+
+
+def test_every_number_has_a_range() -> None:
+    for action in numeric_flags():
+        assert action.type not in (int, float), action.dest
+    assert len(numeric_flags()) > 25
+
+
+@pytest.mark.parametrize("action", numeric_flags(), ids=lambda action: action.dest)
+def test_no_range_has_nan_or_infinity_and_each_has_an_end(action: argparse.Action) -> None:
+    flag = action.option_strings[-1]
+    wrong = [*NEVER, "-2"]
+    if flag in TOO_LARGE:
+        wrong.append(TOO_LARGE[flag])
+    for value in wrong:
+        with pytest.raises(UserError, match=f"{flag}.*(out of range|is not a)"):
+            train_script.parse_args(["--dataset", "shapes", f"{flag}={value}"])
+
+
+def test_the_sixth_layer_is_for_mobilenet() -> None:
+    words = ["--dataset", "shapes", "--trainable-backbone-layers", "6", "--model"]
+    train_script.check_flags(train_script.parse_args([*words, "ssdlite320_mobilenet_v3_large"]))
+    with pytest.raises(UserError, match="retinanet_resnet50_fpn has 5; give 0 to 5"):
+        train_script.check_flags(train_script.parse_args([*words, "retinanet_resnet50_fpn"]))
+
+
+@given(st.integers(-(2**70), 2**70), st.floats())
+def test_ranges_are_what_they_say(whole: int, number: float) -> None:
+    for parse, value, is_in in (
+        (positive(int), whole, 0 < whole < 2**31),
+        (non_negative(int, at_most=9), whole, 0 <= whole <= 9),
+        (between(float, 0, 1), number, 0 <= number <= 1),
+        (inside(0, 1), number, 0 < number < 1),
+    ):
+        if is_in:
+            assert parse(repr(value)) == value
+        else:
+            with pytest.raises(argparse.ArgumentTypeError):
+                parse(repr(value))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--batch-size", "17"), "--batch-size 17 is more than the 16 images to train on"),
+        (
+            ("--accumulate-steps", "100000000"),
+            "of 100000000 batches, and an epoch has 8",
+        ),
+    ],
+)
+def test_a_size_beyond_the_data_is_refused(flags: tuple[str, str], message: str) -> None:
+    args = train_script.parse_args(["--dataset", "shapes", *flags])
+    with pytest.raises(UserError, match=message):
+        train_script.check_sizes(args, num_images=16, num_processes=1)
+
+
+# --- declared once --------------------------------------------------------------------------------
+
+
+def test_every_flag_is_read() -> None:
+    source = (ROOT / "train.py").read_text()
+    read = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
+    parser = train_script.build_parser()
+    for title in re.findall(r'parser\.values\(args, "(.+?)"\)', source):
+        read |= {action.dest for action in parser.groups[title]}
+    read |= set(re.findall(r'settings\["(\w+)"\]', (ROOT / "run.py").read_text()))
+    read |= set(train_script.PATHS)
+    flags = set(vars(train_script.parse_args([])))
+    assert flags <= read, flags - read
+
+
+def test_a_resume_compares_what_has_a_say_in_the_numbers() -> None:
+    parser = train_script.build_parser()
+    assert set(parser.on_resume) == set(vars(train_script.parse_args([])))
+    of = {
+        what: {k for k, v in parser.on_resume.items() if v == what}
+        for what in (REFUSE, LOG, IGNORE)
+    }
+    assert {"seed", "batch_size", "model", "wd", "amp", "ema_decay", "opt"} <= of[REFUSE]
+    assert {"lr", "epochs", "lr_steps", "clip_grad_norm", "compile"} <= of[LOG]
+    assert {"workers", "output_dir", "print_freq", "max_steps"} <= of[IGNORE]
+    assert sum(map(len, of.values())) == len(parser.on_resume)
+
+
+def test_help_can_be_read_line_by_line() -> None:
+    parser = train_script.build_parser()
+    text = parser.format_help()
+    for words in ("(default: None)", "(default: False)", "likewise", " in all", "of RetinaNet"):
+        assert words not in text
+    for group in parser.groups.values():
+        assert all(action.help and len(action.help) > 5 for action in group)
+
+
+def test_a_checkpoint_takes_the_place_of_defaults() -> None:
+    parser = ArgumentParser("test")
+    add = parser.group("a", on_resume=REFUSE)
+    add("--folder", type=Path, remember=True)
+    add("--size", type=positive(int), default=3, remember=True)
+    add("--other", default="x", on_resume=LOG)
+    recalled = parser.recall({"folder": "f", "size": 7, "other": "y", "unknown": 1})
+    args = parser.parse_args(["--size", "9"], recalled)
+    assert (args.folder, args.size, args.other) == (Path("f"), 9, "x")
+    assert parser.values(args, "a") == {"folder": Path("f"), "size": 9, "other": "x"}
+    assert parser.compared(args, LOG) == {"other": "x"}
+    assert parser.defaults() == {"folder": None, "size": 3, "other": "x"}
