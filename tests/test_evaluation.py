@@ -166,7 +166,7 @@ def test_images_left_out_or_seen_twice_are_refused(
 ) -> None:
     batches = [collate([data[0, i]]) for i in range(len(data))]
     evaluator = CocoEvaluator(data.annotations, data.label_map)
-    with pytest.raises(UserError, match="images were evaluated and 7 are annotated"):
+    with pytest.raises(ValueError, match="images were evaluated and 7 are annotated"):
         engine.evaluate(build(data), change(batches), evaluator, CPU)
 
 
