@@ -10,6 +10,7 @@ Source: the COCO data format, https://cocodataset.org/#format-data.
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import hashlib
 import json
 import math
@@ -37,12 +38,18 @@ NOT_GIVEN = -(2**62)  # stands for a missing iscrowd
 # What can be wrong with a data set: severity, and the fix, or what is done about it.
 _SHAPE = ("error", "give it COCO's layout, https://cocodataset.org/#format-data")
 _UNIQUE = ("error", "make them unique")
+# What a file of images to be submitted, such as COCO's image_info_test-dev2017.json, may lack.
+UNANNOTATED = ("no list of annotations", "no categories")
 RULES = {
     "annotation file that is empty": ("error", "write it again"),
     "annotation file that is not UTF-8": ("error", "save it as UTF-8, without a byte order mark"),
     "annotation file that is not JSON, or cut short": ("error", "write it again"),
     "annotation file that is not COCO's": _SHAPE,
     "list missing": _SHAPE,
+    "no list of annotations": (
+        "error",
+        "add it to train or to score; train.py --test-only --save-detections needs none",
+    ),
     "list given twice, of which one would be lost": ("error", "join the two"),
     "entries that are not an object": _SHAPE,
     "no images": ("error", "add them"),
@@ -109,8 +116,8 @@ class _Category(msgspec.Struct, gc=False):
 
 class _Coco(msgspec.Struct):
     images: msgspec.Raw
-    annotations: msgspec.Raw
-    categories: msgspec.Raw
+    annotations: msgspec.Raw = msgspec.Raw(b"")
+    categories: msgspec.Raw = msgspec.Raw(b"")
 
 
 _LISTS: dict[str, type[msgspec.Struct]] = {
@@ -141,6 +148,7 @@ class Annotations:
         iscrowd: `[N]` bool (False where the file has none).
         category_index: `[N]` int32 into `categories`.
         categories: (id, name), ascending by id.
+        is_annotated: False if the file has no list of annotations, so that nothing can be scored.
     """
 
     path: Path
@@ -155,6 +163,7 @@ class Annotations:
     iscrowd: np.ndarray
     category_index: np.ndarray
     categories: tuple[tuple[int, str], ...]
+    is_annotated: bool = True
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -237,7 +246,7 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     """Read a COCO JSON file; return arrays where it has COCO's shape, and all findings.
 
     With errors the arrays only serve to look further: annotations whose image or category does not
-    exist are not in them.
+    exist are not in them. If all errors are among `UNANNOTATED`, they serve to detect.
 
     Raises:
         UserError: if there is no such file.
@@ -253,12 +262,16 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         spans = _find_lists(data)
         found = _repeated_lists(data, spans)
         columns = [
-            _columns(_decode_in_pieces(data, *spans[name], kind), kind)
+            _columns(_decode_in_pieces(data, *spans[name], kind) if name in spans else [[]], kind)
             for name, kind in _LISTS.items()
         ]
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         return _diagnose(path, str(error))
     annotations, more = _check(path, *columns)
+    if "annotations" not in spans:
+        annotations = dataclasses.replace(annotations, is_annotated=False)
+        more = [other for other in more if other.what != "categories without boxes"]
+        found += finding("no list of annotations", ["$.annotations"])
     return annotations, found + more
 
 
@@ -289,9 +302,15 @@ def _require_utf8(data: mmap.mmap) -> None:
 
 
 def _find_lists(data: mmap.mmap) -> dict[str, tuple[int, int]]:
-    """Return where the value of each of `_LISTS` begins and ends, having seen that all is JSON."""
+    """Return where the value of each of `_LISTS` begins and ends, having seen that all is JSON.
+
+    Annotations may be missing, and then categories may be, too.
+    """
     coco, base = msgspec.json.decode(data, type=_Coco), np.frombuffer(data, np.uint8).ctypes.data
-    views = {name: np.frombuffer(getattr(coco, name), np.uint8) for name in _LISTS}
+    if coco.annotations and not coco.categories:
+        raise msgspec.ValidationError("the categories are missing")
+    given = [name for name in _LISTS if getattr(coco, name)]
+    views = {name: np.frombuffer(getattr(coco, name), np.uint8) for name in given}
     starts = {name: view.ctypes.data - base for name, view in views.items()}
     return {name: (start, start + len(views[name])) for name, start in starts.items()}
 

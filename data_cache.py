@@ -147,7 +147,7 @@ def _load(place: Path, path: Path, key: dict[str, Any]) -> tuple[Annotations, li
             return None
         if any(_sum(place / f"{name}.npy") != about["sums"][name] for name in ARRAYS):
             return None
-        arrays = {
+        arrays: dict[str, Any] = {
             # As plain arrays: each slice of a memmap object costs microseconds more.
             name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False))
             for name in ARRAYS

@@ -310,7 +310,8 @@ class Evaluation:
             "val_" with the name of each part.
         table: the twelve as COCO prints them.
         detections: `[D, 7]`, as `CocoEvaluator.gather` returns them.
-        analysis: what lies behind the numbers.
+        analysis: what lies behind the numbers. Images without annotations have none, and no
+            metrics and no table either.
         speed: images per second of the whole evaluation and of the model alone, of all processes,
             and the share of the time that scoring took.
     """
@@ -318,7 +319,7 @@ class Evaluation:
     metrics: dict[str, float]
     table: str
     detections: np.ndarray
-    analysis: Analysis
+    analysis: Analysis | None
     speed: dict[str, float]
 
 
@@ -370,11 +371,14 @@ def evaluate(
     mean_losses = losses.gather(processes) if with_losses else {}
     if rows is None:
         return True, None
-    evaluation = evaluator.evaluation(rows)
-    analysis = evaluator.analyze(evaluation, rows)
-    if backend != "hotcoco":
-        evaluation = evaluator.evaluation(rows, backend)
-    metrics, table = scores_of(evaluation)
+    metrics: dict[str, float] = {}
+    table, analysis = "", None
+    if evaluator.ground_truth.is_annotated:
+        evaluation = evaluator.evaluation(rows)
+        analysis = evaluator.analyze(evaluation, rows)
+        if backend != "hotcoco":
+            evaluation = evaluator.evaluation(rows, backend)
+        metrics, table = scores_of(evaluation)
     seconds = time.perf_counter() - start
     speed = {
         "images_per_second": totals[1] / seconds,

@@ -422,7 +422,7 @@ def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> N
     """Load a checkpoint, its averaged weights if it has some, or a plain state dict, to evaluate.
 
     Raises:
-        UserError: if it is of another architecture or number of classes.
+        UserError: if it is of another architecture or number of classes, or not finite.
     """
     state = content.get("ema") or content.get("model") or content
     try:
@@ -437,6 +437,25 @@ def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> N
     if wrong:
         raise UserError(
             f"--resume {source} does not fit --model: {len(wrong)} tensors differ, as {wrong[0]}"
+        )
+    _require_finite(state, f"--resume {source}")
+
+
+def _require_finite(state: Mapping[str, Any], source: str) -> None:
+    """Raise UserError, with the first names, if `state` has tensors with NaN or infinity.
+
+    A detector with such weights finds nothing, or anything, and says nothing about it.
+    """
+    broken = [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not bool(value.isfinite().all())
+    ]
+    if broken:
+        more = ", …" if len(broken) > 3 else ""
+        raise UserError(
+            f"{source}: {len(broken)} of {len(state)} tensors are not finite "
+            f"({', '.join(broken[:3])}{more}); take an earlier checkpoint"
         )
 
 
@@ -614,7 +633,7 @@ def read_weights(source: str, flag: str) -> Weights:
     preferred. Only tensors and plain types are ever unpickled.
 
     Raises:
-        UserError: names `flag`, the file, and where to put it.
+        UserError: names `flag`, the file, and where to put it; or the tensors that are not finite.
     """
     path = Path(source)
     if path.is_file():
@@ -632,6 +651,7 @@ def read_weights(source: str, flag: str) -> Weights:
         state = content.get("ema") or content.get("model") or content
         if content.get("ema"):
             logger.info("%s %s: of its weights the averaged ones (EMA) are taken", flag[2:], source)
+        _require_finite(state, f"{flag} {source}")
         published = [w for w in _published() if Path(w.url).name == path.name]
         label_map = content.get("categories")
         weights = _named_weights(source, state, published[0] if published else None, label_map)
@@ -658,6 +678,7 @@ def read_weights(source: str, flag: str) -> Weights:
         raise UserError(
             f"{flag} {source}: {cached} is damaged ({str(error)[:200]}); delete it to load it anew"
         ) from None
+    _require_finite(state, f"{flag} {source}")
     return _named_weights(source, state, weights, None)
 
 

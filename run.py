@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from utils import Processes, UserError, file_errors, logger
 
 SAMPLES = 4  # images that TensorBoard shows at a time
 SHOWN_SCORE = 0.5  # of detections there
+# What an evaluation writes; results.json is the last, so it marks a finished one.
+FILES = ("detections.json", "analysis.json", "curves.npz", "detections.npy", "results.json")
 
 
 def open_folder(
@@ -48,7 +51,7 @@ def open_folder(
     path = Path(resume) if resume and resume != "auto" else None
     if test_only:
         utils.set_up_logging(processes.is_main)
-        return path
+        return Path(resume) if resume else None
 
     def claim() -> Path | None:
         """Be the one process that holds the folder and knows what is in it."""
@@ -82,8 +85,16 @@ class Evaluation:
     amp_dtype: torch.dtype | None
     should_stop: utils.StopSignal
 
-    def run(self, model: nn.Module, place: Path | None) -> tuple[bool, dict[str, float]]:
+    def run(
+        self,
+        model: nn.Module,
+        place: Path | None,
+        tested: Mapping[str, Any] | None = None,
+    ) -> tuple[bool, dict[str, float]]:
         """Evaluate on all processes, print the table, write what was found to the folder `place`.
+
+        Args:
+            tested: what `--test-only` evaluates, for `analysis.json`: "weights" and "step".
 
         Returns:
             Whether it was not stopped, and on rank 0 the metrics.
@@ -101,28 +112,42 @@ class Evaluation:
             )
         if result is None:
             return finished, {}
-        analysis, others = result.analysis, dict(list(result.metrics.items())[12:])
+        self._log(result)
+        with file_errors("write", place or Path.cwd()):
+            if place is not None:
+                place.mkdir(parents=True, exist_ok=True)
+                for name in reversed(FILES):  # of an earlier evaluation, perhaps of other weights
+                    (place / name).unlink(missing_ok=True)
+            if self.save_detections:
+                path = (place or Path()) / "detections.json"
+                evaluator.write_results(result.detections, path)
+                logger.info("detections written to %s", path)
+            if place is not None and result.analysis is not None:
+                about: dict[str, Any] = {
+                    "images": str(self.data.root.resolve()),
+                    "annotations": str(self.data.annotations.path.resolve()),
+                    "categories": self.data.label_map,
+                }
+                extra = {"speed": result.speed, "data": about, "tested": tested}
+                coco_eval.write_analysis(result.analysis, place, extra)
+                np.save(place / "detections.npy", result.detections)
+                (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
+        return True, result.metrics
+
+    def _log(self, result: engine.Evaluation) -> None:
+        """Log the numbers and the tables; without annotations there are none."""
+        others = dict(list(result.metrics.items())[12:])
         shown = "  ".join(f"{k} {v:.3g}" for k, v in (result.speed | others).items())
-        classes = coco_eval.class_table(analysis.per_class)
+        if result.analysis is None:
+            text = "%d detections on %d images, which have no annotations to score them by: %s"
+            logger.info(text, len(result.detections), len(self.data), shown)
+            return
+        classes = coco_eval.class_table(result.analysis.per_class)
         logger.info("evaluated %d images: %s\n%s", len(self.data), shown, result.table)
-        logger.info("by class, best first:\n%s\n%s", classes, coco_eval.error_line(analysis))
+        errors = coco_eval.error_line(result.analysis)
+        logger.info("by class, best first:\n%s\n%s", classes, errors)
         if result.metrics["AP"] < 0:
             logger.warning("no box is annotated on the validation images, so AP is -1")
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-            about = {
-                "images": str(self.data.root.resolve()),
-                "annotations": str(self.data.annotations.path.resolve()),
-                "categories": self.data.label_map,
-            }
-            coco_eval.write_analysis(analysis, place, {"speed": result.speed, "data": about})
-            np.save(place / "detections.npy", result.detections)
-            (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
-        if self.save_detections:
-            path = (place or Path()) / "detections.json"
-            evaluator.write_results(result.detections, path)
-            logger.info("detections written to %s", path)
-        return True, result.metrics
 
 
 class Run:

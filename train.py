@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import math
 import sys
@@ -312,7 +313,11 @@ def _add_optimization_flags(parser: ArgumentParser) -> None:
 
 def _add_evaluation_flags(parser: ArgumentParser) -> None:
     add = parser.group("evaluation")
-    add("--test-only", action="store_true", help="evaluate --resume or --weights, do not train")
+    add(
+        "--test-only",
+        action="store_true",
+        help="evaluate --resume or --weights, into OUTPUT_DIR/eval/test",
+    )
     add(
         "--eval-every",
         type=non_negative(int),
@@ -398,11 +403,17 @@ def _add_run_flags(parser: ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags; with `--test-only`, what a checkpoint remembers takes the place of defaults."""
+    """Parse flags; with `--test-only`, what a checkpoint remembers takes the place of defaults.
+
+    Raises:
+        UserError: if the checkpoint that `--test-only` is to evaluate is missing or damaged.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.test_only and args.resume and args.resume != "auto":
-        saved = checkpoint.load(Path(args.resume)).get("args", {})
+    if args.test_only and args.resume:
+        # From here on "auto" is the name of a file, so that nothing else can be evaluated.
+        resume = _newest(output_folder(args)) if args.resume == "auto" else Path(args.resume)
+        saved = checkpoint.load(resume).get("args", {})
         # Other data than the checkpoint's: its other paths do not belong to them.
         unset = argparse.Namespace(dataset=None, data_path=None)
         given = parser.parse_args(argv, unset)
@@ -412,7 +423,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         elif given.data_path is not None and str(given.data_path) != str(saved.get("data_path")):
             known = {k: v for k, v in saved.items() if k not in PATHS}
         args = parser.parse_args(argv, parser.recall(known))
+        args.resume = str(resume)
     return args
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Return `--output-dir`, or its default, which depends on the model."""
+    return args.output_dir or Path("runs") / args.model
+
+
+def _newest(folder: Path) -> Path:
+    """Return the newest checkpoint of `folder`, as `--resume auto` means it with `--test-only`."""
+    found = checkpoint.newest(folder)
+    if found is None:
+        raise UserError(
+            f"--test-only --resume auto: no checkpoint in {folder}; name the folder of a run with "
+            "--output-dir, or a file with --resume"
+        )
+    return found
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -474,8 +502,13 @@ def data_paths(
     return paths | {name: path for name, path in overrides.items() if path is not None}
 
 
-def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_utils.Annotations]:
+def read_splits(
+    paths: dict[str, Path], splits: Sequence[str], allow_unannotated: bool = False
+) -> list[coco_utils.Annotations]:
     """Read the annotations of `splits`, log all warnings, and see that the images are there.
+
+    Args:
+        allow_unannotated: take a file without annotations, which is enough to detect.
 
     Raises:
         UserError: lists what is missing or wrong, in all splits.
@@ -490,6 +523,8 @@ def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_util
             packed, findings = data_cache.examine(annotations)
             if packed is not None:
                 findings += coco_utils.missing_images(packed, images)
+            if packed is not None and allow_unannotated and not packed.is_annotated:
+                findings = [f for f in findings if f.what not in coco_json.UNANNOTATED]
             coco_json.require_no_errors(annotations, findings)
         except UserError as error:
             problems.append(str(error))
@@ -605,11 +640,55 @@ def evaluation_of(
     **settings: Any,
 ) -> Evaluation:
     """Build this process's share of the evaluation; `settings` are fields of `Evaluation`."""
+    if settings["val_loss"] and not data.annotations.is_annotated:
+        raise UserError(f"--val-loss: {data.annotations.path} has no annotations; leave it out")
     padded = padded_sizes(model, data.sizes())
     batches = same_size_batches(padded, eval_batch_size)
     shard = [[(0, i) for i in batch] for batch in batches[processes.rank :: processes.world_size]]
     loader = make_loader(data, shard, workers, processes.device, keep=False)
     return Evaluation(data, loader, processes, **settings)
+
+
+def with_classes(
+    annotations: coco_utils.Annotations, label_map: Sequence[dict[str, Any]] | None
+) -> coco_utils.Annotations:
+    """Return `annotations`, with the classes of a checkpoint if they name none.
+
+    Raises:
+        UserError: if the checkpoint names none either.
+    """
+    if annotations.categories:
+        return annotations
+    if not label_map:
+        raise UserError(
+            f"{annotations.path} has no categories; add them, or give by --resume a checkpoint of "
+            "train.py, which knows its classes"
+        )
+    categories = sorted((category["id"], category["name"]) for category in label_map)
+    return dataclasses.replace(annotations, categories=tuple(categories))
+
+
+def evaluate_only(
+    model: nn.Module, evaluation: Evaluation, saved: dict[str, Any], args: argparse.Namespace
+) -> None:
+    """Evaluate `--resume` or `--weights`, into OUTPUT_DIR/eval/test where there is a folder."""
+    place, processes = None, evaluation.processes
+    if args.output_dir:
+        place = args.output_dir / "eval" / "test"
+        processes.on_main(functools.partial(_make_folder, place))  # before the work, not after it
+    if args.resume:
+        load_trained(model, saved, args.resume)
+        # A run that goes on may have replaced the file before another process read it.
+        processes.equalize([*model.parameters(), *model.buffers()])
+    tested = {"weights": args.resume or args.weights, "step": saved.get("step")}
+    step = "" if tested["step"] is None else f" of step {tested['step']}"
+    logger.info("evaluating %s%s%s", tested["weights"], step, ", EMA" if saved.get("ema") else "")
+    evaluation.run(model, place, tested)
+
+
+def _make_folder(path: Path) -> None:
+    with utils.file_errors("create", path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def training_data(
@@ -643,15 +722,17 @@ def main(args: argparse.Namespace) -> None:
         utils.set_determinism(args.use_deterministic_algorithms)
         processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
         should_stop = utils.StopSignal()
-        folder = args.output_dir or Path("runs") / args.model
+        folder = output_folder(args)
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
 
         # Data and classes
         overrides = {name: getattr(args, name) for name in PATHS}
         paths = data_paths(args.dataset, args.data_path, overrides)
-        val, *rest = read_splits(paths, ["val"] if args.test_only else ["val", "train"])
-        train = rest[0] if rest else val
+        splits = ["val"] if args.test_only else ["val", "train"]
+        val, *rest = read_splits(paths, splits, args.test_only and args.save_detections)
         saved = checkpoint.load(resume) if resume else {}
+        val = with_classes(val, saved.get("categories"))
+        train = rest[0] if rest else val
         label_map = saved.get("categories") or coco_utils.label_categories(train.categories)
         coco_utils.require_same_classes(label_map, train, str(resume))
         coco_utils.require_same_classes(label_map, val, str(resume or train.path))
@@ -660,7 +741,9 @@ def main(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         resize = args.data_augmentation not in presets.RESIZING
         options = parser.values(args, "model")
-        model = build_model(args.model, label_map, resize, not saved, not args.test_only, **options)
+        model = build_model(
+            args.model, label_map, resize, not resume, not args.test_only, **options
+        )
         model = model.to(processes.device).to(memory_format=MEMORY_FORMATS[args.channels_last])
 
         # Evaluation, which is all there is to do with --test-only
@@ -679,9 +762,7 @@ def main(args: argparse.Namespace) -> None:
             should_stop=should_stop,
         )
         if args.test_only:
-            if saved:
-                load_trained(model, saved, str(resume))
-            evaluation.run(model, args.output_dir)
+            evaluate_only(model, evaluation, saved, args)
             return
 
         # Training data, in the order of the run

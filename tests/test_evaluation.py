@@ -5,8 +5,10 @@ loss must be.
 """
 
 import copy
+import json
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +19,15 @@ import torch
 from torch import nn
 from torchvision.models import detection
 
+import checkpoint
 import engine
 import run as run_module
 import train
+import utils
 from coco_eval import CocoEvaluator
 from coco_utils import CocoDetection, collate, label_categories, read_annotations
 from group_by_aspect_ratio import same_size_batches
-from model import build_model, mixed_precision, padded_sizes
+from model import build_model, load_detector, load_trained, mixed_precision, padded_sizes
 from utils import Processes, UserError
 
 CPU = Processes(torch.device("cpu"))
@@ -162,7 +166,7 @@ def test_images_left_out_or_seen_twice_are_refused(
 ) -> None:
     batches = [collate([data[0, i]]) for i in range(len(data))]
     evaluator = CocoEvaluator(data.annotations, data.label_map)
-    with pytest.raises(UserError, match="images were evaluated and 7 are annotated"):
+    with pytest.raises(ValueError, match="images were evaluated and 7 are annotated"):
         engine.evaluate(build(data), change(batches), evaluator, CPU)
 
 
@@ -289,3 +293,223 @@ def test_eval_every_zero_is_never(monkeypatch: pytest.MonkeyPatch) -> None:
     for run.state.epoch in range(10):
         due += [run.state.epoch] if run.evaluation_is_due() else []
     assert due == [4, 8, 9]  # and the last
+
+
+# --- evaluation only ------------------------------------------------------------------------------
+
+Test = Callable[..., str]
+SMALL = ("--device", "cpu", "--workers", "0")
+
+
+@pytest.fixture
+def test_only(capsys: pytest.CaptureFixture[str]) -> Iterator[Test]:
+    """Run `train.py --test-only` in this process: `test_only(*flags)` returns what it printed."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    log = (utils.logger.handlers, utils.logger.propagate, utils.logger.level)
+
+    def run(*flags: str | Path) -> str:
+        train.main(train.parse_args(["--test-only", *SMALL, *map(str, flags)]))
+        return capsys.readouterr().out
+
+    yield run
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+    utils.logger.handlers, utils.logger.propagate, utils.logger.level = log
+
+
+def trained(data: CocoDetection, seed: int = 5) -> nn.Module:
+    """Return a detector of other weights than `--seed 0` begins with."""
+    model = build(data)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.normal_(std=0.02)
+    return model
+
+
+def save_run(folder: Path, data: CocoDetection, model: nn.Module, **other: Any) -> Path:
+    """Write what a run of the tiny detector leaves as its newest checkpoint, after step 8."""
+    folder.mkdir(parents=True)
+    args = {"model": "retinanet_resnet18_fpn", "min_size": 64, "max_size": 64, "score_thresh": 0.0}
+    args |= {"dataset": "coco", "data_path": str(data.root.parent)}
+    content = {"model": model.state_dict(), "ema": None, "step": 8, "args": args}
+    path = folder / "checkpoint.pth"
+    checkpoint.save(content | {"categories": data.label_map} | other, path)
+    return path
+
+
+def image_info(data: CocoDetection, path: Path, *without: str) -> Path:
+    """Write the annotation file of `data` without some of its lists."""
+    content = json.loads(data.annotations.path.read_text())
+    path.write_text(json.dumps({k: v for k, v in content.items() if k not in without}))
+    return path
+
+
+def test_auto_evaluates_the_newest_checkpoint_of_the_output_folder(
+    data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    model, folder = trained(data), tmp_path / "run"
+    path = save_run(folder, data, model)
+    printed = test_only("--resume", "auto", "--output-dir", folder)
+    assert f"evaluating {path} of step 8\n" in printed and "Average Precision" in printed
+    found = np.load(folder / "eval" / "test" / "detections.npy")
+    assert np.array_equal(found, evaluate(model, data).detections)
+    assert not np.array_equal(found, evaluate(build(data), data).detections)
+
+
+def test_auto_without_a_folder_is_that_of_the_model(
+    data: CocoDetection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "runs" / "retinanet_resnet18_fpn", data, build(data))
+    auto = ["--test-only", "--resume", "auto"]
+    args = train.parse_args([*auto, "--model", "retinanet_resnet18_fpn"])
+    assert args.resume == "runs/retinanet_resnet18_fpn/checkpoint.pth"
+    assert (args.min_size, args.data_path) == (64, data.root.parent)
+    for flags in ([], ["--weights", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"]):
+        with pytest.raises(UserError, match="auto: no checkpoint in runs/retinanet_resnet50_fpn;"):
+            train.parse_args([*auto, *flags])
+
+
+@pytest.mark.parametrize("content", [{}, {"step": 3}, {"model": {}}], ids=["empty", "step", "none"])
+def test_nothing_is_evaluated_whose_weights_were_not_loaded(
+    content: dict[str, Any], data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    torch.save(content, tmp_path / "c.pth")
+    flags = ("--data-path", data.root.parent, "--model", "retinanet_resnet18_fpn")
+    with pytest.raises(UserError, match=r"--resume .*c\.pth does not fit --model"):
+        test_only("--resume", tmp_path / "c.pth", *flags, "--min-size", "64", "--max-size", "64")
+
+
+def test_of_resume_and_weights_the_checkpoint_is_evaluated(
+    data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    model = trained(data)
+    path = save_run(tmp_path / "run", data, model)
+    other = save_run(tmp_path / "other", data, trained(data, seed=6))
+    out = ("--output-dir", tmp_path / "out")
+    printed = test_only("--resume", path, "--weights", other, *out)
+    assert f"evaluating {path} of step 8" in printed
+    found = np.load(tmp_path / "out" / "eval" / "test" / "detections.npy")
+    assert len(found) and np.array_equal(found[:, :6], evaluate(model, data).detections[:, :6])
+
+
+def test_a_test_leaves_the_runs_own_files_alone(
+    data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    folder, place = tmp_path / "run", tmp_path / "run" / "eval" / "test"
+    path = save_run(folder, data, trained(data))
+    before = {file.name for file in folder.iterdir()}
+    test_only("--resume", path, "--output-dir", folder, "--save-detections")
+    assert {file.name for file in folder.iterdir()} == before | {"eval"}
+    assert {file.name for file in place.iterdir()} == set(run_module.FILES)
+    analysis = json.loads((place / "analysis.json").read_text())
+    assert analysis["tested"] == {"weights": str(path), "step": 8}
+    test_only("--resume", path, "--output-dir", folder)
+    assert not (place / "detections.json").exists()  # of another evaluation than the other files
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    data: CocoDetection, tmp_path: Path, test_only: Test, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_run(tmp_path / "run", data, trained(data))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run_module.Evaluation, "run", lambda *_: pytest.fail("it was evaluated"))
+    with pytest.raises(UserError, match="cannot create .*file/eval/test"):
+        test_only("--resume", path, "--output-dir", tmp_path / "file")
+
+
+# --- images without annotations -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", [("annotations",), ("annotations", "categories")])
+def test_images_without_annotations_give_a_results_file_and_no_table(
+    without: tuple[str, ...], data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    model, place = trained(data), tmp_path / "out" / "eval" / "test"
+    path = save_run(tmp_path / "run", data, model)
+    info = image_info(data, tmp_path / "info.json", *without)
+    flags = ("--resume", path, "--output-dir", tmp_path / "out", "--save-detections")
+    test_only(*flags)
+    expected = json.loads((place / "detections.json").read_text())
+    assert "AP" in json.loads((place / "results.json").read_text())
+    printed = test_only(*flags, "--val-annotations", info)
+    assert "on 7 images, which have no annotations" in printed
+    assert "Average Precision" not in printed and "AP50" not in printed
+    assert [file.name for file in place.iterdir()] == ["detections.json"]
+    found = json.loads((place / "detections.json").read_text())
+    assert found == expected and len(found) > 7
+    ids = {int(image) for image in data.annotations.image_ids}
+    assert {result["image_id"] for result in found} == ids
+    assert {result["category_id"] for result in found} <= {
+        n for n, _ in data.annotations.categories
+    }
+
+
+def test_images_without_annotations_are_refused_where_boxes_are_needed(
+    data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    path = save_run(tmp_path / "run", data, trained(data))
+    info = image_info(data, tmp_path / "info.json", "annotations")
+    flags = ("--resume", path, "--val-annotations", info)
+    reason = r"no list of annotations: .* train\.py --test-only --save-detections needs none"
+    with pytest.raises(UserError, match=reason):
+        test_only(*flags)
+    with pytest.raises(UserError, match=r"--val-loss: .*info\.json has no annotations"):
+        test_only(*flags, "--save-detections", "--val-loss")
+    paths = {"train_images": data.root, "train_annotations": info}
+    with pytest.raises(UserError, match=reason):
+        train.read_splits(paths, ["train"])
+    with pytest.raises(UserError, match=reason):
+        read_annotations(info)  # as tools.score does
+
+
+def test_classes_come_from_a_checkpoint_or_the_file(
+    data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    info = image_info(data, tmp_path / "info.json", "annotations", "categories")
+    plain = tmp_path / "plain.pth"
+    torch.save(trained(data).state_dict(), plain)
+    flags = ("--val-annotations", info, "--val-images", data.root, "--save-detections")
+    with pytest.raises(UserError, match=r"info\.json has no categories; add them, or give by"):
+        test_only("--resume", plain, *flags)
+
+
+# --- weights that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("averaged", [False, True], ids=["model", "ema"])
+def test_weights_that_are_not_finite_are_refused(
+    value: float, averaged: bool, data: CocoDetection, tmp_path: Path, test_only: Test
+) -> None:
+    good, bad = trained(data), trained(data)
+    name = "head.classification_head.cls_logits.bias"
+    with torch.no_grad():
+        bad.get_parameter(name)[1] = value
+    ema = bad.state_dict() if averaged else None
+    path = save_run(tmp_path / "run", data, good if averaged else bad, ema=ema)
+    reason = rf"{path}: 1 of \d+ tensors are not finite \({name}\)"
+    with pytest.raises(UserError, match=f"--resume {reason}"):
+        test_only("--resume", path)
+    with pytest.raises(UserError, match=f"--weights {reason}"):
+        test_only("--weights", path, "--data-path", data.root.parent, "--model", "ssd300_vgg16")
+    with pytest.raises(UserError, match=reason):
+        load_detector(str(path))
+
+
+def test_only_the_weights_that_are_evaluated_must_be_finite(data: CocoDetection) -> None:
+    good, bad = trained(data), trained(data)
+    nn.init.constant_(bad.head.classification_head.cls_logits.bias, math.nan)
+    load_trained(build(data), {"model": bad.state_dict(), "ema": good.state_dict()}, "c.pth")
+
+
+def test_batch_statistics_must_be_finite_and_the_first_names_are_given(data: CocoDetection) -> None:
+    bad = trained(data)
+    for name, buffer in bad.named_buffers():
+        if name.endswith("running_var"):
+            buffer.fill_(math.inf)
+    names = r"backbone\.body\.bn1\.running_var, backbone\.\S+, backbone\.\S+, …"
+    with pytest.raises(UserError, match=rf"20 of \d+ tensors are not finite \({names}\)"):
+        load_trained(build(data), bad.state_dict(), "c.pth")

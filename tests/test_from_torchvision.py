@@ -128,7 +128,8 @@ def test_theirs_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
     small = ("--min-size", "64", "--max-size", "64", "--device", "cpu", "--workers", "0")
     flags = ("--test-only", "--resume", tmp_path / "model_0.pth", "--output-dir", tmp_path / "out")
     run_script("train.py", *flags, *small)
-    assert "AP" in json.loads((tmp_path / "out" / "results.json").read_text())
+    results = tmp_path / "out" / "eval" / "test" / "results.json"
+    assert "AP" in json.loads(results.read_text())
 
 
 @pytest.mark.parametrize(

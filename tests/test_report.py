@@ -87,16 +87,21 @@ def generated(tmp_path: Path, num_classes: int) -> Annotations:
 
 
 def write(
-    place: Path, annotations: Annotations, images: Path | None, rows: np.ndarray
+    place: Path,
+    annotations: Annotations,
+    images: Path | None,
+    rows: np.ndarray,
+    tested: dict[str, Any] | None = None,
 ) -> tuple[Analysis, CocoEvaluator]:
     analysis, label_map, evaluator = analyze(annotations, rows)
     place.mkdir(parents=True)
     about: dict[str, Any] = {"annotations": str(annotations.path), "categories": label_map}
     if images is not None:
         about["images"] = str(images)
-    write_analysis(analysis, place, {"data": about})
+    write_analysis(analysis, place, {"data": about, "tested": tested})
     np.save(place / "detections.npy", rows)
-    (place / "results.json").write_text("{}")
+    metrics = evaluator.score(rows).metrics
+    (place / "results.json").write_text(json.dumps(metrics))
     return analysis, evaluator
 
 
@@ -172,6 +177,91 @@ def test_what_tools_score_wrote_is_drawn_without_images(truth: Annotations, tmp_
     drawn = {path.name for path in (tmp_path / "scored").iterdir()}
     assert drawn >= {name for name in PICTURES if name.endswith(".png")}
     assert not any(name.endswith(".jpg") for name in drawn)
+
+
+# --- test evaluations -----------------------------------------------------------------------------
+
+TESTED = {"weights": "runs/a/best.pth", "step": 12}
+TITLE = "test evaluation of runs/a/best.pth of step 12"
+
+
+def write_run(folder: Path, truth: Annotations, images: Path) -> dict[str, float]:
+    """Write a run with an evaluation of epoch 0; return its metrics."""
+    write(folder / "eval" / "epoch_0", truth, images, detect(truth, 6))
+    metrics = json.loads((folder / "eval" / "epoch_0" / "results.json").read_text())
+    record = {"step": 4, "epoch": 0, **metrics}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    about: dict[str, Any] = {"args": {"lr": 0.01}, "summary": {"data": "16 images"}}
+    (folder / "args.json").write_text(json.dumps(about | {"versions": {"torch": "2"}}))
+    return metrics
+
+
+def test_a_test_evaluation_stands_beside_the_runs_own(
+    truth: Annotations, tiny_shapes: Path, tmp_path: Path
+) -> None:
+    folder, images = tmp_path / "run", tiny_shapes / "train2017"
+    own = write_run(folder, truth, images)
+    report.draw(folder)
+    place, page = folder / "eval" / "test", folder / "report.html"
+    assert "test evaluation" not in page.read_text()
+    pictures = {name: (folder / name).read_bytes() for name in PICTURES}
+    write(place, truth, images, detect(truth, 1), TESTED)
+    tested = json.loads((place / "results.json").read_text())
+    assert f"{tested['AP']:.3f}" != f"{own['AP']:.3f}"
+    lines = report.draw(folder)
+    assert f"{folder / 'eval' / 'epoch_0'}, drawn into {folder}:" in lines
+    assert f"{TITLE}, drawn into {place}:" in lines
+    before, after = page.read_text().split(f"<h2>{TITLE}</h2>")
+    assert f"<td>{own['AP']:.3f}</td>" in before and f"<td>{tested['AP']:.3f}</td>" in after
+    assert f"<td>{tested['AP']:.3f}</td>" not in before
+    for name, content in pictures.items():
+        assert (folder / name).read_bytes() == content and (place / name).is_file()
+        assert name in before and name in after
+
+
+def test_a_folder_with_only_a_test_evaluation_is_drawn_as_one(
+    truth: Annotations, tiny_shapes: Path, tmp_path: Path
+) -> None:
+    folder, place = tmp_path / "tested", tmp_path / "tested" / "eval" / "test"
+    write(place, truth, tiny_shapes / "train2017", detect(truth, 4), TESTED)
+    assert f"{TITLE}, drawn into {place}:" in report.draw(folder)
+    page = (folder / "report.html").read_text()
+    assert "<h1>tested</h1>" in page and f"<h2>{TITLE}</h2>" in page and "Evaluations" not in page
+    assert {path.name for path in folder.iterdir()} == {"eval", "report.html"}
+    assert f"{TITLE}, drawn into {place}:" in report.draw(place)  # it may also be named itself
+
+
+def test_what_lies_in_the_root_of_a_run_is_not_taken_for_its_evaluation(
+    truth: Annotations, tiny_shapes: Path, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run", truth, tiny_shapes / "train2017")
+    write(tmp_path / "other", truth, None, detect(truth, 1))
+    for path in (tmp_path / "other").iterdir():
+        path.rename(tmp_path / "run" / path.name)
+    assert report.newest_evaluation(tmp_path / "run").name == "epoch_0"
+
+
+def test_a_test_whose_data_is_gone_keeps_its_numbers_in_the_report(
+    truth: Annotations, tiny_shapes: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    write_run(folder, truth, tiny_shapes / "train2017")
+    place = folder / "eval" / "test"
+    write(place, truth, tiny_shapes / "train2017", detect(truth, 1), TESTED)
+    content = json.loads((place / "analysis.json").read_text())
+    content["data"]["annotations"] = str(tmp_path / "gone.json")
+    (place / "analysis.json").write_text(json.dumps(content))
+    said = [line for line in report.draw(folder) if line.startswith(f"{TITLE}, not drawn: ")]
+    assert len(said) == 1 and "gone.json does not exist" in said[0]
+    ap = json.loads((place / "results.json").read_text())["AP"]
+    assert f"<td>{ap:.3f}</td>" in (folder / "report.html").read_text().split(TITLE)[1]
+
+
+def test_detections_without_scores_are_no_report(tmp_path: Path) -> None:
+    (tmp_path / "eval" / "test").mkdir(parents=True)
+    (tmp_path / "eval" / "test" / "detections.json").write_text("[]")
+    with pytest.raises(UserError, match="eval/test has detections without scores"):
+        report.draw(tmp_path)
 
 
 # --- worst images ---------------------------------------------------------------------------------

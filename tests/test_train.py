@@ -304,12 +304,13 @@ def test_evaluation_alone_gives_one_set_of_numbers(
         out = tmp_path / str(processes)
         flags = ("--test-only", "--resume", folder / "checkpoint.pth", "--workers", "1")
         run_script("train.py", *flags, "--output-dir", out, processes=processes)
-        outputs.append(json.loads((out / "results.json").read_text()))
+        outputs.append(json.loads((out / "eval" / "test" / "results.json").read_text()))
     for backend in ("hotcoco", "pycocotools"):
         flags = ("--test-only", "--resume", tmp_path / "plain.pth", "--output-dir", tmp_path)
         flags = (*TINY, "--data-path", tiny_shapes, "--coco-eval", backend, *flags)
         run_script("train.py", *flags)
-        outputs.append(json.loads((tmp_path / "results.json").read_text()))
+        results = tmp_path / "eval" / "test" / "results.json"
+        outputs.append(json.loads(results.read_text()))
     assert all(output == outputs[0] for output in outputs)
     assert outputs[0] == {key: expected[key] for key in outputs[0]}
 

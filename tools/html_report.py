@@ -10,6 +10,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,27 +50,46 @@ figure img { display: block; max-width: 100%; height: auto; background: #fff; pa
 """
 
 
+@dataclass(frozen=True)
+class TestEvaluation:
+    """What `train.py --test-only` left: a title, its two JSON files, pictures and what each shows.
+
+    It belongs to one checkpoint and any data, so it is no part of a run's own evaluations.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    title: str
+    results: Mapping[str, float]
+    analysis: Mapping[str, Any]
+    pictures: Mapping[Path, str]
+
+
 def write_report(
     path: Path,
     runs: Sequence[RunRecords],
     pictures: Mapping[Path, str],
     analysis: Mapping[str, Any] | None = None,
+    test: TestEvaluation | None = None,
 ) -> None:
-    """Write the report of a run, or of several beside each other.
+    """Write the report of a run, or of several beside each other, or of a test evaluation only.
 
     Args:
         pictures: files, and what each shows.
         analysis: `analysis.json` of the run's newest evaluation.
     """
-    title = ", ".join(run.name for run in runs)
+    title = ", ".join(run.name for run in runs) or path.resolve().parent.name
     parts = [f"<h1>{_text(title)}</h1>"]
     if len(runs) == 1:
         parts += _one(runs[0])
-    else:
+    elif runs:
         parts += _several(runs)
     if analysis is not None:
         parts += ["<h2>By class</h2>", _classes(analysis["per_class"])]
-    parts += ["<h2>Pictures</h2>", *(_figure(file, text) for file, text in pictures.items())]
+    if pictures:
+        parts += ["<h2>Pictures</h2>", *(_figure(file, text) for file, text in pictures.items())]
+    if test is not None:
+        parts += _tested(test)
     if len(runs) == 1:
         settings = {k: _value(v) for k, v in sorted(runs[0].about["args"].items())}
         parts += ["<h2>Settings</h2>", _words(settings)]
@@ -98,6 +118,20 @@ def _one(run: RunRecords) -> list[str]:
     parts += [f'<p class="warning">{_text(warning)}</p>' for warning in run.warnings]
     parts += ["<h2>What ran</h2>", _words(run.about["summary"])]
     return [*parts, "<h2>Evaluations</h2>", _evaluations(run)]
+
+
+def _tested(test: TestEvaluation) -> list[str]:
+    data = {name: test.analysis["data"][name] for name in ("images", "annotations")}
+    numbers = [_number(test.results.get(name)) for name in METRICS]
+    return [
+        f"<h2>{_text(test.title)}</h2>",
+        _words(data),
+        "<p></p>",
+        _table(METRICS, [numbers]),
+        "<p></p>",
+        _classes(test.analysis["per_class"]),
+        *(_figure(file, text) for file, text in test.pictures.items()),
+    ]
 
 
 def _several(runs: Sequence[RunRecords]) -> list[str]:

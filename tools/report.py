@@ -2,8 +2,9 @@
 
 Reads the records of the run, its newest evaluation and the validation images; writes pictures and
 `report.html`, which has them all, into the folder that was named. The run may be over or still
-going on. The folder may also be that of one evaluation; and of several runs it lays the curves over
-each other:
+going on. What `train.py --test-only` evaluated in it is drawn into eval/test, and stands in the
+report as what it is. The folder may also be that of one evaluation; and of several runs it lays the
+curves over each other:
 
     python -m tools.report runs/a runs/b --output comparison
 """
@@ -35,9 +36,11 @@ def newest_evaluation(run: Path) -> Path:
     Raises:
         UserError: if there is none.
     """
-    if (run / "analysis.json").is_file():
+    if (run / "analysis.json").is_file() and not (run / "args.json").is_file():
         return run
     places = [path.parent for path in run.glob("eval/epoch_*/results.json")]
+    if not places and (run / "eval" / "test" / "detections.json").is_file():
+        raise UserError(f"{run}/eval/test has detections without scores, so there is no report")
     if not places:
         raise UserError(
             f"{run} holds neither a run nor an evaluation; give the --output-dir of train.py"
@@ -156,26 +159,62 @@ class Pictures:
 def draw(folder: Path) -> list[str]:
     """Draw everything that a run, or one evaluation, gives; say what was drawn.
 
+    A test evaluation is drawn into its own folder, and stands beside the run's own evaluations.
+
     Raises:
         UserError: if there is neither, or the annotations of the evaluation changed.
     """
-    if not (folder / "args.json").is_file():
+    is_run, place = (folder / "args.json").is_file(), folder / "eval" / "test"
+    is_tested = (place / "results.json").is_file()
+    if not is_run and not is_tested:
         return draw_evaluation(newest_evaluation(folder), folder)[0]
-    run = run_plots.read_run(folder)
-    curves, page = folder / "curves.png", folder / "report.html"
-    run_plots.draw_run_curves([run]).savefig(curves)
-    pictures, analysis = {curves: "losses, learning rate, AP and speed over steps"}, None
-    lines = [f"{folder}:", f"  {curves.name:22}{pictures[curves]}"]
-    if run.evaluations:
-        place = newest_evaluation(folder)
-        more, drawn = draw_evaluation(place, folder)
+    lines, pictures = [f"{folder}:"], {}
+    runs, analysis = [], None
+    if is_run:
+        run = run_plots.read_run(folder)
+        curves = folder / "curves.png"
+        run_plots.draw_run_curves([run]).savefig(curves)
+        pictures[curves] = "losses, learning rate, AP and speed over steps"
+        lines.append(f"  {curves.name:22}{pictures[curves]}")
+        runs.append(run)
+        if run.evaluations:
+            newest = newest_evaluation(folder)
+            more, drawn = draw_evaluation(newest, folder)
+            lines += more
+            pictures |= drawn
+            analysis = json.loads((newest / "analysis.json").read_text())
+        else:
+            lines.append("  no evaluation yet; train.py makes one every --eval-every epochs")
+    test = None
+    if is_tested:
+        more, test = draw_test(place)
         lines += more
-        pictures |= drawn
-        analysis = json.loads((place / "analysis.json").read_text())
-    else:
-        lines.append("  no evaluation yet; train.py makes one every --eval-every epochs")
-    html_report.write_report(page, [run], pictures, analysis)
+    page = folder / "report.html"
+    html_report.write_report(page, runs, pictures, analysis, test)
     return [*lines, f"all of it in one file: {page}"]
+
+
+def draw_test(place: Path) -> tuple[list[str], html_report.TestEvaluation]:
+    """Draw the test evaluation in `place` into that folder; return what to say, and the report's.
+
+    Its data need not be at hand any more: then the numbers are all that is shown.
+    """
+    analysis = json.loads((place / "analysis.json").read_text())
+    results = json.loads((place / "results.json").read_text())
+    try:
+        lines, pictures = draw_evaluation(place, place)
+    except UserError as error:
+        lines, pictures = [f"{title_of(analysis, place)}, not drawn: {error}"], {}
+    return lines, html_report.TestEvaluation(title_of(analysis, place), results, analysis, pictures)
+
+
+def title_of(analysis: Mapping[str, Any], place: Path) -> str:
+    """Return what the evaluation in `place` is one of: an epoch of a run, or a checkpoint."""
+    tested = analysis.get("tested")
+    if tested is None:
+        return str(place)
+    step = "" if tested["step"] is None else f" of step {tested['step']}"
+    return f"test evaluation of {tested['weights']}{step}"
 
 
 def compare(folders: Sequence[Path], output: Path) -> list[str]:
@@ -203,7 +242,7 @@ def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, st
     curves = np.load(place / "curves.npz")
     about, confidence = analysis["data"], analysis["confidence"]
     label_map = about["categories"]
-    lines, captions = [f"{place}, drawn into {folder}:"], {}
+    lines, captions = [f"{title_of(analysis, place)}, drawn into {folder}:"], {}
     figures: dict[str, tuple[Any, str]] = {
         "errors.png": (eval_plots.draw_errors(analysis["errors"]), "what AP50 is lost to"),
     }
@@ -257,7 +296,7 @@ def main() -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="the --output-dir of each run, or eval/epoch_N in it")
+    add("runs", type=Path, nargs="+", help="the --output-dir of each run, or eval/NAME in it")
     add("--output", type=Path, default=Path("report"), help="folder for several runs' comparison")
     flags = parser.parse_args()
     several = len(flags.runs) > 1
