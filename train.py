@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -325,7 +326,12 @@ def build_optimizer(
     if opt == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
     nesterov = opt == "sgd_nesterov"
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        for parameter in itertools.chain(*(group["params"] for group in groups)):
+            # Equal to a first step without any; torch leaves its own undefined if that is skipped.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_factor(
@@ -490,7 +496,9 @@ def main(args: argparse.Namespace) -> None:
         scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         ema = make_ema(model, args.ema_decay)
         state = engine.TrainState(model, optimizer, scheduler, scaler, ema)
-        wrapped = wrap(model, processes.device, processes.world_size, args.compile)
+        wrapped = wrap(
+            model, processes.device, processes.world_size, args.compile, amp["amp_dtype"]
+        )
 
         # Resume
         changeable = {"device": processes.device.type, "torch": str(torch.__version__)}
@@ -504,8 +512,9 @@ def main(args: argparse.Namespace) -> None:
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
 
-        # Epochs: train, save, then evaluate
+        # Epochs: evaluate the one that was saved last, train the next, save it
         loop = {"batches_per_step": per_step, "weight": sampler.weight, **amp, **pick(LOOP_FLAGS)}
+        loop["image_name"] = train_set.describe
         while not run.is_stopped():
             if run.evaluation_is_due() and not run.evaluate():
                 break
