@@ -128,6 +128,11 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         """Return `[len(self), 2]` (H, W) of every image, pixels, without opening one."""
         return self.annotations.sizes[self.keep]
 
+    def describe(self, image_id: int) -> str:
+        """Return the file and the id of an image, for a message."""
+        (number,) = np.flatnonzero(self.annotations.image_ids == image_id)
+        return f"{self.root / self.annotations.file_name(int(number))} (id {image_id})"
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the image, uint8 `[3, H, W]`, and its target.
 

@@ -3,11 +3,14 @@
 What differs from torchvision's references/detection/engine.py: the loop can start and stop at any
 optimizer step and ends bit-identical to one that did not; a step waits for the device once, for the
 losses and the flags of all processes together, and that while the backward pass is still running.
+A step whose gradients are not finite changes nothing: the device skips it. The host reads their
+norm with the flags of the next step, and stops the run; with fp16 the scale drops and it goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import resource
@@ -22,13 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 import utils
 from coco_eval import Analysis, CocoEvaluator, gather_rows, scores_of
+from model import EMA
 from utils import Processes, UserError, logger
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+MIN_SCALE = 1e-4  # of fp16's gradients; fairseq's --min-loss-scale: what overflows below diverges
 
 
 @dataclass
@@ -41,21 +46,66 @@ class TrainState:
         position: micro-batches of this epoch done, over all processes.
         window: sums since the last logged line, by name; the same on every process.
         best: the best AP so far, None before the first evaluation.
+        unread: what the host has yet to learn of the last step; not part of a checkpoint.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
-    ema: AveragedModel | None = None
+    ema: EMA | None = None
     epoch: int = 0
     step: int = 0
     position: int = 0
     window: dict[str, float] = field(default_factory=dict)
     best: float | None = None
+    unread: _Unread | None = None
+
+    def settle(self) -> None:
+        """Wait for the gradient norm of the last step, and count it in `window`.
+
+        Raises:
+            UserError: on every process, if it is not finite and no smaller fp16 scale can mend it;
+                the step has changed neither weights nor averages, and must not be saved.
+        """
+        if self.unread is None:
+            return
+        assert self.unread.norm is not None
+        (norm,) = self.unread.norm.wait()
+        if math.isfinite(norm):
+            for name, value in (("grad_norm", norm), ("norms", 1.0)):
+                self.window[name] = self.window.get(name, 0.0) + value
+        elif not self.scaler.is_enabled() or self.scaler.get_scale() < MIN_SCALE:
+            self.unread.log_images()
+            raise UserError(
+                f"the gradients of step {self.unread.step} are not finite (norm {norm}); "
+                + self.unread.advice
+            )
+        self.unread = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain types and tensors, for `checkpoint.save`."""
+        """Return the state as plain types and tensors, for `checkpoint.save`.
+
+        Raises:
+            UserError: if anything in it is not finite, so that no such checkpoint is ever written.
+        """
+        self.settle()
+        state = self._state_dict()
+        tensors = {**state["model"], **{f"ema.{k}": v for k, v in (state["ema"] or {}).items()}}
+        for number, values in state["optimizer"]["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+        floats = {k: v for k, v in tensors.items() if v.is_floating_point() and v.numel()}
+        # The largest magnitude of all, with one wait; a NaN stays one.
+        if not nn.utils.get_total_norm(list(floats.values()), math.inf).isfinite():
+            wrong = [name for name, value in floats.items() if not value.isfinite().all()]
+            raise UserError(
+                f"{len(wrong)} tensors are not finite after step {self.step}, such as {wrong[0]}; "
+                "nothing was saved, and checkpoints are of steps before it. Most likely the "
+                "learning rate is too high: resume with a lower --lr or with --clip-grad-norm 1"
+            )
+        return state
+
+    def _state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -116,6 +166,7 @@ def train_one_epoch(
     clip_grad_norm: float | None = None,
     print_freq: int = 50,
     should_stop: Callable[[], bool] = lambda: False,
+    image_name: Callable[[int], object] = str,
 ) -> bool:
     """Train from `state.position` to the end of the epoch, or to a stop between two steps.
 
@@ -124,30 +175,38 @@ def train_one_epoch(
         batches: this process's micro-batches from `state.position` on.
         seed: of random numbers that the model draws, with epoch and position.
         batches_per_step: micro-batches per optimizer step, over all processes.
-        weight: what the loss of the micro-batch at a position of the epoch counts.
+        weight: what the loss of the micro-batch at a position of the epoch counts. One of weight 0
+            stands in for none, and leaves no trace in batch statistics.
         after_step: called after each step with a line for the log (every `print_freq` steps, else
-            None) and whether any process asked to stop; returns whether to stop.
+            None) and whether any process asked to stop; returns whether to stop. A line has the
+            means over its steps: of the losses, and of the gradient norm before clipping.
         amp_dtype: of autocast; None is fp32.
         clip_grad_norm: the largest L2 norm of all gradients together; None is no limit.
         should_stop: whether this process was asked to stop.
+        image_name: what a message calls the image with an id: its file and the id.
 
     Returns:
         Whether the epoch was finished.
 
     Raises:
-        UserError: on every process at the same step, before the step is taken, if a loss
-            is not finite; the process where it happened names the images.
+        UserError: on every process at the same step, if a loss is not finite, before the step is
+            taken, and the process where it happened names the images; or if the gradients are not,
+            before the next step is taken or anything of this one is logged or saved.
     """
     model.train()
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    statistics = _BatchStatistics(state.model)
     clock = _Clock()
     steps = _steps(batches, batches_per_step // processes.world_size)
     for micro_batches in clock.watch(steps):
         sums: dict[str, Tensor] = {}
+        before_step = statistics.copy() if state.scaler.is_enabled() else []
         for number, (images, targets) in enumerate(micro_batches):
             position = state.position + number * processes.world_size + processes.rank
             # Whatever the model draws depends on its place in the run, not on what came before.
             torch.manual_seed(utils.derive_seed(seed, state.epoch, position))
+            first = position - processes.rank
+            statistics.synchronize([weight(first + i) for i in range(processes.world_size)])
+            before = statistics.copy() if weight(position) == 0 else None
             is_last = number == len(micro_batches) - 1
             with _no_sync(model, is_last), _autocast(processes.device, amp_dtype):
                 losses = model(*to_device(images, targets, processes.device))
@@ -159,20 +218,27 @@ def train_one_epoch(
                 flags = _Flags(sums, should_stop(), processes)
             with _no_sync(model, is_last):
                 state.scaler.scale(loss).backward()
+            if before is not None:
+                statistics.put_back(before)
 
         stop, means = flags.wait()
-        if not all(map(math.isfinite, means.values())):
-            _raise_not_finite(state.step + 1, sums, means, micro_batches)
-        if clip_grad_norm is not None:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.settle()  # what the last step left on its way came before these flags: no wait
         learning_rate = state.optimizer.param_groups[0]["lr"]
+        image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
+        advice = _advice(state.optimizer, learning_rate, amp_dtype, clip_grad_norm)
+        unread = _Unread(state.step + 1, image_ids, image_name, advice)
+        if not all(map(math.isfinite, means.values())):
+            if not all(bool(value.isfinite()) for value in sums.values()):
+                unread.log_images()
+            raise UserError(f"the loss of step {unread.step} is not finite ({means}); {advice}")
+        norm, is_skipped = _take_step(state, clip_grad_norm)
+        unread.norm = _Copy(norm[None])
+        state.unread = unread
         state.scheduler.step()
+        if state.scaler.is_enabled():  # where a run goes on after a step that was skipped
+            statistics.put_back(before_step, is_skipped)
         if state.ema is not None:
-            state.ema.update_parameters(state.model)
+            state.ema.update_parameters(state.model, is_skipped)
 
         state.step += 1
         state.position += batches_per_step
@@ -182,12 +248,14 @@ def train_one_epoch(
         clock.count(images_done)
         line = None
         if state.step % print_freq == 0:
-            count = state.window.pop("steps")
-            line = {name: total / count for name, total in state.window.items()}
+            state.settle()
+            line = _line(state.window)
             line |= {"lr": learning_rate, **clock.read(processes.device)}
             state.window.clear()
         if after_step(line, stop):
+            state.settle()
             return False
+    state.settle()
     return True
 
 
@@ -196,6 +264,53 @@ def _steps(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     iterator = iter(batches)
     while group := list(itertools.islice(iterator, size)):
         yield group
+
+
+def _line(window: dict[str, float]) -> dict[str, float]:
+    """Return the means of a window: of losses over its steps, of norms over those that are finite.
+
+    Others are of steps that fp16 skipped; if it skipped them all, the norm is 0.
+    """
+    sums = dict(window)
+    steps, norm, norms = (sums.pop(name, 0.0) for name in ("steps", "grad_norm", "norms"))
+    return {name: s / steps for name, s in sums.items()} | {"grad_norm": norm / max(norms, 1)}
+
+
+class _Copy:
+    """A small tensor on its way to the host, where it is read only when something else was done."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.event, self.values = None, values
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def wait(self) -> list[float]:
+        """Return the values, once they are there."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values.tolist()
+
+
+@dataclass
+class _Unread:
+    """What to say of a step if it is not finite, and the norm that tells, on its way to the host.
+
+    Gradients are reduced over processes, so that the norm is the same on all.
+    """
+
+    step: int
+    image_ids: list[int]
+    image_name: Callable[[int], object]
+    advice: str
+    norm: _Copy | None = None
+
+    def log_images(self) -> None:
+        """Log which images the step had on this process."""
+        names = ", ".join(str(self.image_name(image_id)) for image_id in self.image_ids)
+        logger.error("step %d is not finite; its images: %s", self.step, names)
 
 
 class _Flags:
@@ -213,32 +328,94 @@ class _Flags:
         packed = torch.stack([stop, *values])
         if processes.world_size > 1:
             dist.all_reduce(packed)
-        self.event = None
-        self.packed = packed
-        if packed.is_cuda:
-            self.packed = torch.empty(packed.shape, pin_memory=True)
-            self.packed.copy_(packed, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+        self.packed = _Copy(packed)
 
     def wait(self) -> tuple[bool, dict[str, float]]:
         """Return whether any process wants to stop, and the mean losses over processes."""
-        if self.event is not None:
-            self.event.synchronize()
-        stop, *means = self.packed.tolist()
+        stop, *means = self.packed.wait()
         return stop > 0, dict(zip(self.names, means, strict=True))
 
 
-def _raise_not_finite(
-    step: int, sums: dict[str, Tensor], means: dict[str, float], micro_batches: list[Batch]
-) -> None:
-    if not all(bool(value.isfinite()) for value in sums.values()):
-        image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
-        logger.error("the loss is not finite on the images with the ids %s", image_ids)
-    raise UserError(
-        f"the loss of step {step} is not finite ({means}); the step was not taken, and checkpoints "
-        "are of steps before it. Check the boxes of these images (python -m tools.check_data), or "
-        "go on from a checkpoint with a lower --lr or with --clip-grad-norm 1"
+def _take_step(state: TrainState, clip_grad_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Clip, and take the step unless the gradients are not finite, without a wait.
+
+    Returns:
+        The L2 norm of all gradients together, before clipping, and whether the step was skipped.
+    """
+    optimizer = state.optimizer
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state.scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
+    is_skipped = ~norm.isfinite()
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # A fused optimizer reads this on the device, as torch's GradScaler has it.
+        optimizer.found_inf = is_skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not is_skipped:  # any other is worth a wait
+        optimizer.step()
+    state.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, is_skipped
+
+
+@functools.cache
+def _first_processes(count: int) -> Any:
+    """Return the group of the first processes; made once, by all at the same time."""
+    return dist.new_group(list(range(count)))
+
+
+class _BatchStatistics:
+    """The running statistics of trained batch normalisation, and what must leave no trace there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [buffer for module in norms for buffer in module.buffers()]
+        self.synchronized = [m for m in norms if isinstance(m, nn.SyncBatchNorm)]
+
+    def synchronize(self, weights: list[float]) -> None:
+        """Share the statistics of a forward pass only among processes whose weight is not 0.
+
+        These are the first ones; each of the others then normalises by itself.
+        """
+        real = sum(weight > 0 for weight in weights)
+        for module in self.synchronized:
+            module.process_group = _first_processes(real) if 0 < real < len(weights) else None
+
+    def copy(self) -> list[Tensor]:
+        """Return copies to put back."""
+        return [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def put_back(self, values: list[Tensor], condition: Tensor | None = None) -> None:
+        """Set the statistics to `values`, with a `condition` only where that is true."""
+        for buffer, value in zip(self.buffers, values, strict=True):
+            buffer.copy_(value if condition is None else torch.where(condition, value, buffer))
+
+
+def _advice(
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    amp_dtype: torch.dtype | None,
+    clip_grad_norm: float | None,
+) -> str:
+    """Return what to do about a step that is not finite, the most likely cause first."""
+    causes = [f"the learning rate ({lr:g}) is too high: resume with a lower --lr"]
+    if clip_grad_norm is None:
+        causes[0] += " or with --clip-grad-norm 1"
+        if isinstance(optimizer, torch.optim.SGD):
+            causes[0] += (
+                "; SGD from scratch needs that, or a new run with --weights-backbone or with "
+                "--opt adamw --lr 5e-4 --wd 0.05 --clip-grad-norm 1"
+            )
+    if amp_dtype is torch.float16:
+        causes.insert(0, "a value overflowed in fp16: begin a new run with --amp bf16")
+    return (
+        "the step was not taken, and checkpoints are of steps before it. Most likely "
+        f"{', or '.join(causes)}. Only then check the boxes of the images that the log names "
+        "(python -m tools.check_data)"
     )
 
 

@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 from torchvision import models
 from torchvision.models import detection
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
@@ -54,6 +55,7 @@ CLASS_ROWS = re.compile(
     r"^head\.classification_head\.(cls_logits|module_list\.\d+(\.1)?)\.(weight|bias)$"
     r"|^roi_heads\.box_predictor\.(cls_score|bbox_pred)\.(weight|bias)$"
 )
+HALF = (torch.bfloat16, torch.float16)
 # What a checkpoint says of a run that its model needs for inference: arguments of `build_model`.
 INFERENCE = (
     *("weights", "weights_backbone", "min_size", "max_size"),
@@ -308,6 +310,35 @@ def _mend_and_speed_up(model: nn.Module) -> None:
         if isinstance(getattr(module, "extra_blocks", None), LastLevelP6P7):
             module.extra_blocks = FullPrecisionP6P7(module.extra_blocks)
     fold_frozen_batch_norm(model)
+    if not isinstance(model, retinanet.RetinaNet):  # which sees to it itself
+        _keep_boxes_in_fp32(model)
+
+
+def _keep_boxes_in_fp32(model: nn.Module) -> None:
+    """Keep what torchvision's detectors compute of boxes, and their losses, in fp32 under autocast.
+
+    Autocast rounds only what convolutions and linear layers take. So box arithmetic is fp32 if the
+    anchors are, and what the last layers return. Torchvision makes anchors in the type of the
+    feature maps, up to 8 px off in bf16, and keeps them rounded for good.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
+            module.register_forward_pre_hook(_with_fp32_features)
+        elif name in ("head", "rpn.head", "roi_heads.box_predictor"):
+            module.register_forward_hook(_with_fp32_outputs)
+
+
+def _with_fp32_features(module: nn.Module, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, ...]:
+    # A generator reads only shape, dtype and device of the feature maps.
+    images, features = inputs
+    return images, [
+        f.new_empty((), dtype=torch.float32).expand(f.shape) if f.dtype in HALF else f
+        for f in features
+    ]
+
+
+def _with_fp32_outputs(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype in HALF else x, outputs)
 
 
 def _refuse_for_others(
@@ -815,11 +846,17 @@ class EMA(AveragedModel):
         self.move = get_ema_multi_avg_fn(decay)
 
     @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Move the average towards the weights of `model`."""
+    def update_parameters(self, model: nn.Module, is_skipped: Tensor | None = None) -> None:
+        """Move the average towards the weights of `model`.
+
+        `is_skipped`, on the device, is true for a step that was not taken: nothing changes then.
+        """
         averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
         is_first = self.n_averaged == 0  # which stays on the CPU
         moving = []
+        if is_skipped is not None:  # the average of a value with itself is that value, to the bit
+            pairs = zip(averaged, current, strict=True)
+            current = [torch.where(is_skipped, mine, its) for mine, its in pairs]
         for pair in zip(averaged, current, strict=True):
             if is_first or not pair[0].is_floating_point():  # a number of batches
                 pair[0].copy_(pair[1])
@@ -835,11 +872,17 @@ def make_ema(model: nn.Module, decay: float | None) -> EMA | None:
     return None if decay is None else EMA(model, decay)
 
 
-def wrap(model: nn.Module, device: torch.device, num_processes: int, compiled: bool) -> nn.Module:
+def wrap(
+    model: nn.Module,
+    device: torch.device,
+    num_processes: int,
+    compiled: bool,
+    amp_dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Return what the training loop calls: `model`, compiled and distributed as asked for.
 
     Backbone and head are compiled in place, for any image size, so that the state dict stays as it
-    is.
+    is. `amp_dtype` is that of the training loop's autocast; None is fp32.
     """
     if compiled:
         if isinstance(model, retinanet.RetinaNet):
@@ -855,11 +898,13 @@ def wrap(model: nn.Module, device: torch.device, num_processes: int, compiled: b
     wrapped = DistributedDataParallel(
         model, broadcast_buffers=keeps_statistics, gradient_as_bucket_view=True
     )
-    _warm_up(wrapped, device)
+    _warm_up(wrapped, device, amp_dtype)
     return wrapped
 
 
-def _warm_up(model: DistributedDataParallel, device: torch.device) -> None:
+def _warm_up(
+    model: DistributedDataParallel, device: torch.device, amp_dtype: torch.dtype | None
+) -> None:
     """Run one forward and backward pass that changes nothing.
 
     DDP orders its gradient buckets anew after its first backward pass. Sums in another order round
@@ -874,8 +919,11 @@ def _warm_up(model: DistributedDataParallel, device: torch.device) -> None:
     image = torch.full((3, 64, 96), 0.5, device=device)
     model.train()
     for _ in range(2):  # the buckets are rebuilt when the second forward pass begins
-        losses = model([image], [target])
-        torch.stack(list(losses.values())).sum().backward()
+        # In the precision of training, else a compiled model is compiled once more for that.
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            losses = model([image], [target])
+            loss = torch.stack(list(losses.values())).sum()
+        loss.backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
         for buffer, value in buffers:

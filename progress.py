@@ -121,6 +121,27 @@ def rate_warnings(opt: str, lr: float, global_batch: int, is_from_detector: bool
     ]
 
 
+def describe_weights(weights: str | None, weights_backbone: str | None, step: int) -> str:
+    """Return what a run's weights are when it goes on at optimizer step `step`."""
+    start = "none: everything random"
+    if weights:  # the backbone's are then replaced
+        start = f"{weights}, of the detector"
+    elif weights_backbone:
+        start = f"{weights_backbone}, of the backbone; the rest is random"
+    return f"of step {step}; at the start {start}" if step else start
+
+
+def scratch_warnings(opt: str, is_from_scratch: bool, clip_grad_norm: float | None) -> list[str]:
+    """Return a warning if SGD trains random weights without clipping, which ends in NaN."""
+    if opt == "adamw" or not is_from_scratch or clip_grad_norm is not None:
+        return []
+    return [
+        f"everything is random and {opt} does not clip: such runs often end in NaN, at any batch "
+        "size; give --weights or --weights-backbone, or from scratch --opt adamw --lr 5e-4 "
+        "--wd 0.05 --clip-grad-norm 1"
+    ]
+
+
 def worker_warnings(workers: int, processes_here: int, cores: int) -> list[str]:
     """Return a warning if there are more loader workers on this machine than cores for them."""
     if workers * processes_here <= cores:

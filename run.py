@@ -206,6 +206,11 @@ class Run:
             processes_here = progress.processes_on_this_machine()
             warnings = [
                 *progress.rate_warnings(settings["opt"], lr, global_batch, settings["weights"]),
+                *progress.scratch_warnings(
+                    settings["opt"],
+                    not (settings["weights"] or settings["weights_backbone"]),
+                    settings["clip_grad_norm"],
+                ),
                 *progress.worker_warnings(settings["workers"], processes_here, os.cpu_count() or 1),
                 *progress.precision_warnings(settings["amp"], self.processes.device),
             ]
@@ -237,6 +242,9 @@ class Run:
             "data": f"{images}, {len(self.evaluation.data)} to evaluate",
             "classes": f"{len(classes)}: {names if len(names) <= 70 else names[:69] + '…'}",
             "model": f"{settings['model']}, {count:,} parameters, {trained:,} of them trained",
+            "weights": progress.describe_weights(
+                settings["weights"], settings["weights_backbone"], self.state.step
+            ),
             "global batch": f"{settings['batch_size'] * per_step} images: {settings['batch_size']} "
             f"x {processes.world_size} processes x {per_step // processes.world_size} accumulated",
             "learning rate": f"{lr:g}, {settings['opt']}",

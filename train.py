@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -560,7 +561,12 @@ def build_optimizer(
     if opt == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
     nesterov = opt == "sgd_nesterov"
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        for parameter in itertools.chain(*(group["params"] for group in groups)):
+            # Equal to a first step without any; torch leaves its own undefined if that is skipped.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_factor(
@@ -800,7 +806,7 @@ def main(args: argparse.Namespace) -> None:
         scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         ema = make_ema(model, args.ema_decay)
         state = engine.TrainState(model, optimizer, scheduler, scaler, ema)
-        wrapped = wrap(model, processes.device, processes.world_size, args.compile)
+        wrapped = wrap(model, processes.device, processes.world_size, args.compile, amp_dtype)
 
         # Resume
         may_change = {"device": processes.device.type, "torch": str(torch.__version__)}
@@ -816,7 +822,7 @@ def main(args: argparse.Namespace) -> None:
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
 
-        # Epochs: an evaluation that is due, also from before a resume; then train and save
+        # Epochs: evaluate the one that was saved last, train the next, save it
         while not run.is_stopped():
             if run.evaluation_is_due() and not run.evaluate():
                 break
@@ -836,6 +842,7 @@ def main(args: argparse.Namespace) -> None:
                 clip_grad_norm=args.clip_grad_norm,
                 print_freq=args.print_freq,
                 should_stop=should_stop,
+                image_name=train_set.describe,
             )
             if not finished:
                 break

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.nn as dist_nn
+import torch.nn.functional as F
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,24 +52,33 @@ def make_batches(count: int, size: int, boxes: float = 40.0) -> list[Batch]:
 
 
 def make_state(
-    tmp_path: Path, *, ema_decay: float | None = None, lr: float = 1e-3, scale: float | None = None
+    tmp_path: Path,
+    *,
+    ema_decay: float | None = None,
+    lr: float = 1e-3,
+    scale: float | None = None,
+    opt: str = "sgd",
+    momentum: float = 0.9,
+    wd: float = 1e-4,
+    from_scratch: bool = False,
 ) -> engine.TrainState:
     """Return a RetinaNet with frozen batch normalisation, as in the recipe, and plain SGD.
 
     Args:
         scale: that fp16 starts with; None is for fp32.
+        from_scratch: train batch normalisation.
     """
     torch.manual_seed(0)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "backbone.pth")
     model = build_model(
         "retinanet_resnet18_fpn",
         LABEL_MAP,
-        weights_backbone=str(tmp_path / "backbone.pth"),
+        weights_backbone=None if from_scratch else str(tmp_path / "backbone.pth"),
         min_size=64,
         max_size=64,
     )
     optimizer = train_script.build_optimizer(
-        model, lr, opt="sgd", momentum=0.9, wd=1e-4, norm_weight_decay=None
+        model, lr, opt=opt, momentum=momentum, wd=wd, norm_weight_decay=None
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
@@ -96,6 +110,7 @@ def run(
         after_step=after_step,
         amp_dtype=amp_dtype,
         print_freq=1,
+        image_name=lambda image_id: f"photos/{image_id}.jpg",
     )
     return losses
 
@@ -155,9 +170,10 @@ def test_the_host_never_waits_for_the_ema(kind: str) -> None:
     if kind == "torch":
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     assert ema is not None
+    is_skipped = {"is_skipped": torch.ones((), dtype=torch.bool, device="meta")}
     with Crossings() as crossings:
         for _ in range(3):
-            ema.update_parameters(model)
+            ema.update_parameters(model, **(is_skipped if kind == "ours" else {}))
     assert int(ema.n_averaged) == 3
     # torch: from the second update on, for weights and for the number of batches.
     assert crossings.count == (4 if kind == "torch" else 0)
@@ -205,12 +221,194 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     run(state, [good])
     before = weights_of(state.model)
     utils.logger.propagate = True
-    with pytest.raises(UserError, match="step 2 is not finite.*--lr"):
+    with pytest.raises(UserError, match="loss of step 2 is not finite.*--lr"):
         run(state, [bad])
     for name, weight in weights_of(state.model).items():
         assert torch.equal(weight, before[name]), name
-    assert "[100, 101]" in caplog.text
+    assert "images: photos/100.jpg, photos/101.jpg\n" in caplog.text
     assert state.step == 1
+
+
+@pytest.mark.parametrize(
+    "amp_dtype, clip, opt, first",
+    [
+        (None, None, "sgd", "the learning rate .* --clip-grad-norm 1; SGD from scratch needs that"),
+        (None, 1.0, "sgd", r"the learning rate \(0.001\) is too high: resume with a lower --lr\."),
+        (None, None, "adamw", r"the learning rate .* with --clip-grad-norm 1\."),
+        (torch.float16, None, "sgd", "a value overflowed in fp16: .*--amp bf16, or the learning"),
+    ],
+)
+def test_what_is_not_finite_is_first_put_down_to_the_likeliest_cause(
+    tmp_path: Path, amp_dtype: torch.dtype | None, clip: float | None, opt: str, first: str
+) -> None:
+    optimizer = make_state(tmp_path, opt=opt).optimizer
+    text = engine._advice(optimizer, 1e-3, amp_dtype, clip)
+    assert re.search(f"Most likely {first}.*Only then check the boxes", text), text
+
+
+def epoch(
+    state: engine.TrainState, batches: list[Batch], **options: Any
+) -> list[dict[str, float] | None]:
+    """Train on `batches`; return what `after_step` got of each step."""
+    lines: list[dict[str, float] | None] = []
+    options = {"weight": lambda position: 1.0, "batches_per_step": 1, "print_freq": 100} | options
+
+    def after_step(line: dict[str, float] | None, stop: bool) -> bool:
+        lines.append(line)
+        return stop
+
+    processes = utils.Processes(torch.device("cpu"))
+    options = {"after_step": after_step, **options}
+    engine.train_one_epoch(state.model, state, batches, processes, seed=0, **options)
+    return lines
+
+
+def overflow_at(state: engine.TrainState, *steps: int) -> None:
+    """Make gradients overflow at these optimizer steps, counted from 1, under a finite loss."""
+    weight = state.model.head.classification_head.cls_logits.weight
+    weight.register_hook(lambda grad: grad * (math.inf if state.step + 1 in steps else 1.0))
+
+
+def everything_of(state: engine.TrainState) -> dict[str, torch.Tensor]:
+    """Return copies of weights, averages, batch statistics and optimizer state, by name."""
+    own = state._state_dict()
+    tensors = {**own["model"], **{f"ema.{k}": v for k, v in (own["ema"] or {}).items()}}
+    for number, values in own["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in values.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Compare two of `everything_of` to the bit."""
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("opt", ["sgd", "sgd_nesterov", "adamw"])
+def test_gradients_that_are_not_finite_change_nothing_and_stop_the_run_at_the_next_step(
+    tmp_path: Path, opt: str, clip: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = make_state(tmp_path, ema_decay=0.9, opt=opt)
+    batches = make_batches(4, size=1)
+    run(state, batches[:1])
+    before = everything_of(state)
+    assert all(tensor.isfinite().all() for tensor in before.values())
+    overflow_at(state, 2)
+    utils.logger.propagate = True
+    with pytest.raises(UserError, match=r"gradients of step 2 are not finite \(norm inf|nan\)"):
+        epoch(state, batches[1:], clip_grad_norm=clip)
+    assert state.step == 2  # the third was not taken
+    assert_equal(everything_of(state), before)
+    assert "step 2 is not finite; its images: 100\n" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["line", "stop", "save", "end"])
+def test_a_step_that_is_not_finite_is_neither_logged_nor_saved_nor_evaluated(
+    tmp_path: Path, when: str
+) -> None:
+    state, batches = make_state(tmp_path), make_batches(2, size=1)
+    overflow_at(state, 2)
+    seen = []
+
+    def after_step(line: dict[str, float] | None, stop: bool) -> bool:
+        if state.step == 2 and when == "save":
+            state.state_dict()
+        seen.append(state.step)
+        return when == "stop" and state.step == 2
+
+    options: dict[str, Any] = {"after_step": after_step}
+    if when == "line":
+        options["print_freq"] = 2
+    with pytest.raises(UserError, match="gradients of step 2 are not finite"):
+        epoch(state, batches, **options)  # also at its end, when an evaluation would follow
+    assert seen == ([1] if when in ("line", "save") else [1, 2])
+    with pytest.raises(UserError, match="gradients of step 2 are not finite"):
+        state.state_dict()
+
+
+@pytest.mark.parametrize("place", ["model", "statistics", "ema", "optimizer"])
+def test_what_is_not_finite_is_never_saved(tmp_path: Path, place: str) -> None:
+    state = make_state(tmp_path, ema_decay=0.9)
+    run(state, make_batches(1, size=1))
+    state.state_dict()
+    weight = state.model.head.classification_head.conv[0][0].weight
+    assert state.ema is not None
+    tensor = {
+        "model": weight,
+        "statistics": state.model.backbone.body.bn1.running_var,
+        "ema": next(state.ema.module.parameters()),
+        "optimizer": state.optimizer.state[weight]["momentum_buffer"],
+    }[place]
+    tensor.data.view(-1)[0] = math.nan if place == "model" else math.inf
+    with pytest.raises(UserError, match="1 tensors are not finite.*such as .*nothing was saved"):
+        state.state_dict()
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_lines_have_the_mean_norm_of_the_gradients_before_clipping(
+    tmp_path: Path, clip: float | None
+) -> None:
+    state = make_state(tmp_path, opt="sgd", momentum=0.0, wd=0.0)
+    norms, moved = [], []
+    for number, batch in enumerate(make_batches(2, size=1)):
+        before = weights_of(state.model)
+        torch.manual_seed(utils.derive_seed(0, 0, number))
+        state.model.train()
+        losses = state.model(*engine.to_device(*batch, torch.device("cpu")))
+        torch.stack(list(losses.values())).sum().backward()
+        grads = [p.grad.flatten() for p in state.model.parameters() if p.grad is not None]
+        norms.append(float(torch.cat(grads).double().norm()))
+        state.model.zero_grad()
+        epoch(state, [batch], clip_grad_norm=clip)
+        after = weights_of(state.model)
+        moved.append(float(torch.cat([(after[k] - before[k]).flatten() for k in after]).norm()))
+    assert moved == pytest.approx([1e-3 * min(n, clip or n) for n in norms], rel=1e-3)
+    assert norms[0] > 0.1
+    again = make_state(tmp_path, opt="sgd", momentum=0.0, wd=0.0)
+    _, line = epoch(again, make_batches(2, size=1), clip_grad_norm=clip, print_freq=2)
+    assert line is not None and line["grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-3)
+    assert "norms" not in line and "steps" not in line
+
+
+def test_the_norm_of_a_window_outlives_a_resume(tmp_path: Path) -> None:
+    batches = make_batches(3, size=1)
+    *_, expected = epoch(make_state(tmp_path), batches, print_freq=3)
+    first, second = make_state(tmp_path), make_state(tmp_path)
+    epoch(first, batches[:2])
+    second.load_state_dict(first.state_dict())
+    (line,) = epoch(second, batches[2:], print_freq=3)
+    assert line is not None and expected is not None
+    assert line["grad_norm"] == expected["grad_norm"] > 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators by which the host reads a number from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_the_host_does_not_wait_to_skip_a_step(tmp_path: Path, opt: str) -> None:
+    state = make_state(tmp_path, opt=opt)
+    run(state, make_batches(1, size=1))
+    for parameter in weights_of(state.model):
+        state.model.get_parameter(parameter).grad = torch.ones_like(
+            state.model.get_parameter(parameter)
+        )
+    with Waits() as waits:
+        _, is_skipped = engine._take_step(state, None)  # clipping waits on a CPU, but on no GPU
+    assert waits.count == 0
+    with Waits() as waits:
+        assert not is_skipped
+    assert waits.count == 1
 
 
 def test_a_stop_is_honoured_between_two_steps(tmp_path: Path) -> None:
@@ -254,6 +452,122 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_scale_outlives_a_resume(tmp_
     resumed = make_state(tmp_path, scale=1.0)
     resumed.load_state_dict(state.state_dict())
     assert resumed.scaler.state_dict() == state.scaler.state_dict()
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_first_step_that_fp16_skips_leaves_no_trace(tmp_path: Path, opt: str) -> None:
+    options: dict[str, Any] = {"ema_decay": 0.9, "opt": opt, "from_scratch": True}
+    state, batches = make_state(tmp_path, scale=2.0**40, **options), make_batches(2, size=1)
+    before = everything_of(state)
+    garbage = [torch.full((2**k,), float("nan")) for k in range(8, 23) for _ in range(2)]
+    del garbage  # what is allocated next begins as NaN
+    (line,) = epoch(state, batches[:1], amp_dtype=torch.float16, print_freq=1)
+    after = everything_of(state)
+    assert_equal({name: after[name] for name in before}, before)
+    assert not any(value.any() for name, value in after.items() if name not in before)  # Adam's
+    assert line is not None and line["grad_norm"] == 0
+    # The next step is that of a run which never saw this one.
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**12})
+    fresh = make_state(tmp_path, scale=2.0**12, **options)
+    fresh.position = 1
+    for s in (state, fresh):
+        epoch(s, batches[1:], amp_dtype=torch.float16)
+    assert_equal(
+        *({k: v for k, v in everything_of(s).items() if "ema" not in k} for s in (state, fresh))
+    )
+
+
+def test_fp16_stops_where_no_scale_helps(tmp_path: Path) -> None:
+    state, batches = make_state(tmp_path, scale=3 * engine.MIN_SCALE), make_batches(3, size=1)
+    overflow_at(state, 1, 2, 3)
+    with pytest.raises(UserError, match="gradients of step 2 .* Most likely a value overflowed"):
+        epoch(state, batches, amp_dtype=torch.float16)
+
+
+def test_a_micro_batch_of_weight_0_leaves_no_trace(tmp_path: Path) -> None:
+    batches, states = make_batches(2, size=2), []
+    for count in (1, 2):
+        states.append(make_state(tmp_path, from_scratch=True, ema_decay=0.9))
+        weight = [1.0, 0.0].__getitem__
+        epoch(states[-1], batches[:count], batches_per_step=count, weight=weight)
+    assert any("num_batches_tracked" in name for name in everything_of(states[0]))
+    assert_equal(*map(everything_of, states))
+
+
+class HostSyncBatchNorm(torch.nn.SyncBatchNorm):
+    """torch's, which works on GPUs only, written again for a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        group = self.process_group or dist.group.WORLD
+        size = dist.get_world_size(group)
+        if size <= 1:
+            return F.batch_norm(
+                *(x, self.running_mean, self.running_var, self.weight, self.bias),
+                True,
+                self.momentum,
+                self.eps,
+            )
+        mean, square = (dist_nn.all_reduce(v.mean(0) / size, group=group) for v in (x, x.square()))
+        variance, count = square - mean.square(), len(x) * size
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+class Normalised(torch.nn.Module):
+    """A model of one batch normalisation, whose images are rows of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.last = torch.nn.Linear(3, 1)
+
+    def forward(self, images: list[torch.Tensor], targets: Any) -> dict[str, torch.Tensor]:
+        return {"square": self.last(self.norm(torch.stack(images).flatten(1))).square().mean()}
+
+
+def train_normalised(rank: int, world_size: int, folder: Path) -> None:
+    """Train on three batches, two a step for two processes; rank 0 writes what it has then."""
+    init = f"file://{folder}/meeting{world_size}"
+    dist.init_process_group("gloo", init, rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    model, batches = Normalised(), make_batches(3, size=4)
+    batches = [([i[:, :1, :1] for i in images], targets) for images, targets in batches]
+    if world_size == 1:
+        joined = (batches[0][0] + batches[1][0], batches[0][1] + batches[1][1])
+        own, weight = [joined, batches[2]], [1.0, 1.0]
+    else:
+        own, weight = [batches[rank], batches[2 * (1 - rank)]], [1.0, 1.0, 2.0, 0.0]
+    wrapped = DistributedDataParallel(model)  # which takes no SyncBatchNorm on a CPU
+    model.norm.__class__, model.norm.process_group = HostSyncBatchNorm, None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = engine.TrainState(model, optimizer, scheduler, scaler)
+    engine.train_one_epoch(
+        wrapped,
+        state,
+        own,
+        utils.Processes(torch.device("cpu"), rank, world_size),
+        seed=0,
+        batches_per_step=world_size,
+        weight=weight.__getitem__,
+        after_step=lambda line, stop: stop,
+    )
+    if rank == 0:
+        torch.save(model.state_dict(), folder / f"{world_size}.pth")
+    dist.destroy_process_group()
+
+
+def test_a_process_of_weight_0_leaves_no_trace_in_statistics_over_all_processes(
+    tmp_path: Path,
+) -> None:
+    for world_size in (1, 2):
+        torch.multiprocessing.spawn(train_normalised, (world_size, tmp_path), world_size)
+    one, two = (torch.load(tmp_path / f"{size}.pth") for size in (1, 2))
+    for name, value in two.items():
+        assert torch.allclose(value, one[name], rtol=1e-4, atol=1e-6), name
 
 
 def test_no_gradient_comes_from_uninitialised_memory(tmp_path: Path) -> None:

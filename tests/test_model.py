@@ -16,9 +16,11 @@ from urllib.error import HTTPError, URLError
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection._utils import overwrite_eps
@@ -901,3 +903,101 @@ def test_load_trained_refuses_what_does_not_fit_and_names_it(
 ) -> None:
     with pytest.raises(UserError, match=r"--resume some\.pth does not fit --model"):
         load_trained(quick(RESNET18, OLD, 2), content(), "some.pth")
+
+
+def training_targets() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Return two images of other sizes than the model's, with boxes and labels."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([[10.0, 20.0, 83.0, 141.0], [50.0, 33.0, 121.0, 90.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 2])}
+    return [torch.rand(3, 150, 170) for _ in range(2)], [target, target]
+
+
+def recorded(module: Any, name: str, found: list[Any]) -> None:
+    """Let `module` note what its method `name` takes and returns."""
+    original = getattr(module, name)
+
+    def method(*inputs: Any, **options: Any) -> Any:
+        result = original(*inputs, **options)
+        found.append((inputs, result))
+        return result
+
+    setattr(module, name, method)
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("fasterrcnn_resnet50_fpn", {"min_size": 224, "max_size": 256}),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", {"min_size": 224, "max_size": 256}),
+        ("fcos_resnet50_fpn", {"min_size": 224, "max_size": 256}),
+        ("ssdlite320_mobilenet_v3_large", {}),
+    ],
+)
+def test_boxes_and_losses_are_fp32_in_training_under_autocast(
+    name: str, sizes: dict[str, int]
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, THREE, **sizes).train()
+    images, targets = training_targets()
+    stage = model.rpn if hasattr(model, "rpn") else model
+    head = stage.head.forward
+    outputs: Any = []
+
+    def same_outputs(features: Any) -> Any:
+        """Return what the head did in bf16: in bf16 again, or the same numbers in fp32."""
+        if not outputs:
+            outputs.append(head(features))
+        to = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
+        return tree_map_only(torch.Tensor, lambda x: x.detach().to(to), outputs[0])
+
+    stage.head.forward = same_outputs
+    anchors: list[Any] = []
+    stage.anchor_generator.register_forward_hook(lambda m, i, out: anchors.append(out))
+    decoded: list[Any] = []
+    losses: list[Any] = []
+    recorded(stage.box_coder, "decode", decoded)
+    recorded(stage, "compute_loss", losses)
+    for dtype in (torch.bfloat16, None):  # autocast first: what it rounded would stay
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            model(images, targets)
+    for mixed, full in zip(anchors[0], anchors[1], strict=True):
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, full)
+    inputs, results = ([tree_leaves(call[i]) for call in losses] for i in (0, 1))
+    assert len(results) == 2 and results[0]
+    for which in (*zip(*inputs, strict=True), *zip(*results, strict=True)):
+        if isinstance(which[0], torch.Tensor):  # head outputs, anchors, targets, matches; losses
+            assert which[0].dtype == which[1].dtype and torch.equal(*which)
+            assert which[0].dtype in (torch.float32, torch.int64)
+    if hasattr(model, "rpn"):
+        (_, mixed), (_, full) = decoded
+        assert mixed.dtype == torch.float32 and torch.equal(mixed, full)
+
+
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
+def test_faster_rcnn_trains_its_second_stage_on_fp32_boxes(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(name, THREE, min_size=128, max_size=160).train()
+    proposals: list[Any] = []
+    predicted: list[Any] = []
+    recorded(model.roi_heads, "select_training_samples", proposals)
+    model.roi_heads.box_predictor.register_forward_hook(lambda m, i, out: predicted.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(*training_targets())
+    for tensor in tree_leaves((proposals, predicted, losses)):
+        if isinstance(tensor, torch.Tensor):
+            assert tensor.dtype in (torch.float32, torch.int64)
+
+
+def test_the_warm_up_of_ddp_is_in_the_precision_of_training(tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for dtype in (torch.bfloat16, None):
+            model = build_model(RESNET18, THREE, min_size=64, max_size=64)
+            model.backbone.body.register_forward_hook(lambda m, i, out: seen.append(out["0"].dtype))
+            our.wrap(model, torch.device("cpu"), 2, False, dtype)
+    finally:
+        dist.destroy_process_group()
+    assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2

@@ -154,6 +154,30 @@ def test_a_rate_that_does_not_fit_the_batch_is_said(
     assert expected is None or expected in found[0] and f"batch of {batch}" in found[0]
 
 
+@pytest.mark.parametrize("batch", [2, 16, 128])
+def test_sgd_from_scratch_without_clipping_is_warned_of_at_any_batch_size(
+    batch: int,
+) -> None:
+    lr = 0.01 * batch / 16
+    assert progress.rate_warnings("sgd", lr, batch, False) == []
+    for opt in ("sgd", "sgd_nesterov"):
+        (warning,) = progress.scratch_warnings(opt, True, None)
+        assert "everything is random" in warning and "--clip-grad-norm 1" in warning
+    assert progress.scratch_warnings("adamw", True, None) == []
+    assert progress.scratch_warnings("sgd", False, None) == []
+    assert progress.scratch_warnings("sgd", True, 1.0) == []
+
+
+def test_the_start_says_which_weights_are_loaded(on_a_terminal: tuple[Path, str]) -> None:
+    folder, text = on_a_terminal  # SGD from scratch
+    assert re.search(r"  weights +none: everything random", text)
+    assert text.count("warning: everything is random and sgd does not clip") == 1
+    assert progress.describe_weights("a.pth", "b.pth", 0) == "a.pth, of the detector"
+    backbone = "b.pth, of the backbone; the rest is random"
+    assert progress.describe_weights(None, "b.pth", 0) == backbone
+    assert progress.describe_weights(None, "b.pth", 7) == f"of step 7; at the start {backbone}"
+
+
 def test_more_workers_than_cores_are_said() -> None:
     assert progress.worker_warnings(4, 8, 32) == []
     (warning,) = progress.worker_warnings(4, 8, 16)
