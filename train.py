@@ -433,6 +433,17 @@ def training_data(
     return sampler, make_loader(data, sampler, workers, processes.device, keep=True)
 
 
+def data_changes(
+    saved: dict[str, Any], train: coco_utils.Annotations, val: coco_utils.Annotations
+) -> dict[str, Callable[[], str]]:
+    """Return what says how the data differs from that of a checkpoint; `saved` as it remembers."""
+    splits = {"data": ("training data", train), "val_data": ("validation data", val)}
+    return {
+        key: functools.partial(coco_json.differences, name, saved.get(key), annotations)
+        for key, (name, annotations) in splits.items()
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     """Train, or with `--test-only` evaluate: the whole run in order."""
     check_flags(args)
@@ -499,7 +510,10 @@ def main(args: argparse.Namespace) -> None:
         identity |= changeable
         if resume:
             saved = checkpoint.as_own(saved, identity, sampler.steps_per_epoch, resume)
-            checkpoint.check_same_run(saved["args"], identity, changeable, resume)
+            explained = data_changes(saved.get("data", {}), train, val)
+            checkpoint.check_same_run(
+                saved["args"], identity, changeable, resume, explained=explained
+            )
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
