@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from utils import UserError, file_errors, new_file
+from utils import UserError, file_errors, new_file, rename
 
 logger = logging.getLogger("retinanet")
 
@@ -56,7 +56,7 @@ def save(state: Mapping[str, Any], path: Path) -> None:
         # If the one before holds more steps, a resume chose that one, and it stays.
         if is_verified(path) and not (_order(previous) < _order(path) and is_verified(previous)):
             copy(path, previous, link=True)
-        os.replace(temporary, path)
+        rename(temporary, path)
         _commit(path, hashlib.sha256(data).hexdigest())
 
 
@@ -76,7 +76,7 @@ def copy(source: Path, target: Path, link: bool = False) -> None:
         if not (link and _link(source, temporary)):
             with source.open("rb") as old, new_file(temporary) as new:
                 shutil.copyfileobj(old, new, 2**20)
-        os.replace(temporary, target)
+        rename(temporary, target)
         _commit(target, digest)
 
 
@@ -351,7 +351,7 @@ def _commit(path: Path, digest: str) -> None:
     temporary = sidecar.with_name(sidecar.name + ".tmp")
     with new_file(temporary) as file:
         file.write(f"{digest}  {path.name}\n".encode())
-    os.replace(temporary, sidecar)
+    rename(temporary, sidecar)
     _sync(path.parent)
 
 

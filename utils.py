@@ -301,7 +301,17 @@ def replace_file(path: Path, content: str | bytes) -> None:
     with file_errors("write", path):
         with new_file(temporary) as file:
             file.write(content.encode() if isinstance(content, str) else content)
+        rename(temporary, path)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Let a new file take the place of `path`; delete it if it cannot."""
+    try:
         os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
