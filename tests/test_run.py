@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ import torch
 import torch.multiprocessing as mp
 
 import checkpoint
+import coco_json
 import run
+import train as train_script
 import utils
 from utils import UserError
 
@@ -125,3 +128,32 @@ def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_pat
     with contextlib.ExitStack() as stack:
         found = run.open_folder(tmp_path, "auto", False, processes, stack)
     assert found == tmp_path / checkpoint.NEWEST
+
+
+def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
+    def read(number: int) -> coco_json.Annotations:
+        document = {
+            "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],
+            "annotations": [
+                {"id": i, "image_id": 5, "category_id": 1, "bbox": [1, 1, 3, 3], "iscrowd": 0}
+                for i in range(1, number + 1)
+            ],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(document))
+        return coco_json.read_annotations(path)[0]
+
+    old, new = read(4), read(3)
+    summaries = {"data": old.summary(), "val_data": old.summary()}
+    saved = {"data": old.fingerprint(), "val_data": old.fingerprint()}
+    for remembered, told in (
+        (summaries, "training data: boxes 4 → 3, boxes by class: cat 4 → 3, the first difference"),
+        ({}, "training data: changed (this checkpoint does not remember"),
+    ):
+        explained = train_script.data_changes(remembered, new, new)
+        now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
+        with pytest.raises(UserError) as error:
+            checkpoint.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
+        assert told in str(error.value) and "another --output-dir" in str(error.value)
+        assert not re.search("[0-9a-f]{20}", str(error.value))

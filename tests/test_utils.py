@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "data_cache": {"utils", "coco_json"},
     "formats": {"utils", "coco_utils", "data_cache"},
     "presets": {"transforms"},
-    "shapes": set(),
+    "shapes": {"utils"},
     "coco_eval": {"utils"},
     "box_subnet": set(),
     "retinanet": {"box_subnet"},
