@@ -8,24 +8,34 @@ overwrite the one file in place, and `torch.load` does not notice flipped bits.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import hashlib
 import io
 import logging
+import math
 import os
+import re
 import shutil
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from utils import UserError, file_errors
+from utils import UserError, file_errors, new_file, rename
 
 logger = logging.getLogger("retinanet")
 
-NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint.previous.pth"
+NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
+# The files of a run in its folder. Whatever else lies there is the user's: it is not read, not
+# counted and not deleted.
+_EPOCH = re.compile(r"model_(0|[1-9][0-9]{0,17})\.pth")
+_CHECKPOINT = re.compile(rf"{re.escape(NEWEST)}|{re.escape(PREVIOUS)}|{BEST}|{_EPOCH.pattern}")
+_RECORD = re.compile(r"metrics\.jsonl(\.bad)?|args\.json|preempted")
+_TEMPORARY = re.compile(rf"(({_CHECKPOINT.pattern})(\.sha256)?|{_RECORD.pattern})\.tmp")
+
+PATIENCE = 1.0  # seconds for another process to finish replacing the file that is read here
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
@@ -39,12 +49,14 @@ def save(state: Mapping[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     data = buffer.getbuffer()
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, previous = path.with_name(path.name + ".tmp"), path.with_name(PREVIOUS)
     with file_errors("write", path):
-        _write(temporary, data)
-        if is_verified(path):
-            copy(path, path.with_name(PREVIOUS), link=True)
-        os.replace(temporary, path)
+        with new_file(temporary) as file:
+            file.write(data)
+        # If the one before holds more steps, a resume chose that one, and it stays.
+        if is_verified(path) and not (_order(previous) < _order(path) and is_verified(previous)):
+            copy(path, previous, link=True)
+        rename(temporary, path)
         _commit(path, hashlib.sha256(data).hexdigest())
 
 
@@ -62,55 +74,142 @@ def copy(source: Path, target: Path, link: bool = False) -> None:
         digest = _sidecar(source).read_text().split()[0]
         temporary.unlink(missing_ok=True)
         if not (link and _link(source, temporary)):
-            shutil.copyfile(source, temporary)
-            _sync(temporary)
-        os.replace(temporary, target)
+            with source.open("rb") as old, new_file(temporary) as new:
+                shutil.copyfileobj(old, new, 2**20)
+        rename(temporary, target)
         _commit(target, digest)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete the oldest `model_N.pth` in `folder`, all but `keep`; other names are left alone."""
-    numbered = sorted(folder.glob("model_*.pth"), key=lambda path: int(path.stem[len("model_") :]))
-    for path in numbered[: max(0, len(numbered) - keep)]:
-        _sidecar(path).unlink(missing_ok=True)  # first, as a lone sidecar would stay for ever
-        path.unlink()
+    """Delete the oldest `model_N.pth` in `folder`, all but `keep`; other names are left alone.
+
+    Raises:
+        UserError: names the folder, if they cannot be deleted.
+    """
+    numbered = [path for path in own(folder) if _EPOCH.fullmatch(path.name) and path.is_file()]
+    numbered.sort(key=_epoch)
+    with file_errors("delete checkpoints in", folder):
+        for path in numbered[: max(0, len(numbered) - keep)]:
+            _sidecar(path).unlink(missing_ok=True)  # first, as a lone sidecar would stay for ever
+            path.unlink()
+
+
+def own(folder: Path) -> list[Path]:
+    """Return what has the name of a checkpoint of a run in `folder`, sorted by name."""
+    return sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
 
 
 def is_verified(path: Path) -> bool:
     """Return whether `path` has a sidecar and the content that it states."""
+    if not path.is_file():  # another kind, such as a FIFO, may never let go of who opens it
+        return False
     try:
-        stated = _sidecar(path).read_text().split()
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return stated[:1] == [digest.hexdigest()]
-    except (OSError, UnicodeDecodeError):
+            return _matches_sidecar(file, path)
+    except OSError:
         return False
 
 
-def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint in `folder` that verifies, None if there never was one.
+def _is_verified_soon(path: Path) -> bool:
+    """Do what `is_verified` does, but look again if another process is about to replace `path`.
 
-    Each newer one that does not verify is reported.
+    It renames the file first and the sidecar a moment later.
+    """
+    deadline, seen = time.monotonic() + PATIENCE, None
+    while True:
+        state = _state(path)
+        if state != seen and is_verified(path):
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        seen = state
+        time.sleep(0.02)
+
+
+def _state(path: Path) -> list[Any]:
+    """Return what tells whether a file or its sidecar was replaced."""
+    state: list[Any] = []
+    for one in (path, _sidecar(path)):
+        try:
+            about = one.stat()
+            state.append((about.st_ino, about.st_size, about.st_mtime_ns))
+        except OSError:
+            state.append(None)
+    return state
+
+
+def _matches_sidecar(file: IO[bytes], path: Path) -> bool:
+    """Return whether an open file has the content that the sidecar of `path` states."""
+    sidecar = _sidecar(path)
+    try:
+        stated = sidecar.read_text().split() if sidecar.is_file() else []
+    except UnicodeDecodeError:
+        return False
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return stated[:1] == [digest.hexdigest()]
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the checkpoint in `folder` that verifies and holds most steps, None if there is none.
+
+    Only names that a run writes count. Times of files do not: a copy changes them. Each one that
+    holds more and does not verify is logged.
 
     Raises:
         UserError: names every checkpoint in `folder`, if there are some and none verifies.
     """
-    older = sorted(folder.glob("*.pth"), key=lambda path: -path.stat().st_mtime_ns)
-    candidates = [path for path in older if path.name == NEWEST]
-    candidates += [path for path in older if path.name != NEWEST]
+    candidates = sorted(own(folder), key=_order)
     for path in candidates:
-        if is_verified(path):
+        if _is_verified_soon(path):
             return path
         logger.warning("%s is damaged: it does not match %s", path, _sidecar(path).name)
     if candidates:
         names = ", ".join(path.name for path in candidates)
         raise UserError(
             f"no checkpoint in {folder} verifies ({names}); restore one with its .sha256 from a "
-            "copy, or start anew in another --output-dir"
+            "copy, or start again in another --output-dir"
         )
     return None
+
+
+def step_of(path: Path) -> int | None:
+    """Return the optimizer step that a checkpoint holds, without reading its tensors.
+
+    None if it holds none, or cannot be read.
+    """
+    step = _peek(path).get("step")
+    return step if type(step) is int else None
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with its tensors mapped and not read; empty if it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # any bytes can be in the file, and raise anything
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _order(path: Path) -> tuple[float, int, int]:
+    """Return a key that sorts checkpoints: the most steps first, then the usual name.
+
+    One without a step comes first of all: it is damaged, and logged; or somebody made it, and it
+    is refused when it is loaded.
+    """
+    step = step_of(path)
+    names = (NEWEST, PREVIOUS, BEST)
+    place = names.index(path.name) if path.name in names else len(names)
+    return -math.inf if step is None else -step, place, -_epoch(path)
+
+
+def _epoch(path: Path) -> int:
+    found = _EPOCH.fullmatch(path.name)
+    return int(found[1]) if found else -1
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -123,7 +222,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"--resume {path}: the file does not exist")
-    if _sidecar(path).exists() and not is_verified(path):
+    if os.path.lexists(_sidecar(path)) and not _is_verified_soon(path):
         raise UserError(
             f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
         )
@@ -180,28 +279,56 @@ def as_own(
 
 
 def check_same_run(
-    saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str], source: Path
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    may_change: Collection[str],
+    source: Path,
+    defaults: Mapping[str, Any] | None = None,
+    explained: Mapping[str, Callable[[], str]] | None = None,
 ) -> None:
     """Raise UserError, listing old → new, unless a checkpoint continues the run described `now`.
 
-    Settings in `may_change`, such as another learning rate, are legal and said.
+    Settings in `may_change`, such as another learning rate, are allowed and logged.
+
+    Args:
+        defaults: what a setting was in a checkpoint that does not know it; without one it counts
+            as unchanged.
+        explained: what says how a setting changed, where its two values would say nothing.
     """
-    differing = [name for name in now if saved.get(name) != now[name]]
-    changes = [f"{name}: {saved.get(name)} → {now[name]}" for name in differing]
+    defaults, explained = defaults or {}, explained or {}
+    old = {name: saved.get(name, defaults.get(name, value)) for name, value in now.items()}
+    differing = [name for name in now if old[name] != now[name]]
+    changes = [
+        explained[name]() if name in explained else f"{name}: {old[name]} → {now[name]}"
+        for name in differing
+    ]
     refused = [c for name, c in zip(differing, changes, strict=True) if name not in may_change]
     if refused:
         raise UserError(
             f"--resume {source} is a run with other settings: {'; '.join(refused)}; give the old "
-            "ones, or start anew in another --output-dir (with --weights to begin from its weights)"
+            "ones, or start again in another --output-dir (with --weights to begin from its "
+            "weights)"
         )
     for change in changes:
         logger.warning("resuming with another %s", change)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process left in `folder`."""
-    for path in folder.glob("*.tmp"):
-        path.unlink(missing_ok=True)
+    """Delete the temporary files that a killed process of a run left in `folder`, and no others."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink(missing_ok=True)
+
+
+def require_unused(folder: Path) -> None:
+    """Raise UserError if `folder` holds a run, or a part of one that a new run would overwrite."""
+    found = [path.name for path in own(folder)]
+    found += [name for name in ("args.json", "metrics.jsonl") if os.path.lexists(folder / name)]
+    if found:
+        raise UserError(
+            f"--output-dir {folder} holds a run ({', '.join(found[:5])}); continue it with "
+            "--resume auto, or choose another --output-dir"
+        )
 
 
 def _sidecar(path: Path) -> Path:
@@ -222,25 +349,14 @@ def _link(source: Path, target: Path) -> bool:
 def _commit(path: Path, digest: str) -> None:
     sidecar = _sidecar(path)
     temporary = sidecar.with_name(sidecar.name + ".tmp")
-    _write(temporary, f"{digest}  {path.name}\n".encode())
-    os.replace(temporary, sidecar)
+    with new_file(temporary) as file:
+        file.write(f"{digest}  {path.name}\n".encode())
+    rename(temporary, sidecar)
     _sync(path.parent)
 
 
-def _write(path: Path, data: bytes | memoryview) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink()  # the half of it that fits
-        raise
-
-
 def _sync(path: Path) -> None:
-    """See a file, or a folder's list of files, to the disk."""
+    """See a folder's list of files to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import Processes, UserError
+from utils import Processes, UserError, replace_file
 
 BACKENDS = ("hotcoco", "pycocotools")
 METRICS = (
@@ -235,7 +235,7 @@ class CocoEvaluator:
             for row in detections
             if int(row[6]) in category_id  # the 91 labels have gaps, which a model may predict
         ]
-        path.write_text(json.dumps(results))
+        replace_file(path, json.dumps(results))
 
 
 def class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
@@ -276,8 +276,10 @@ def error_line(analysis: Analysis) -> str:
 def write_analysis(analysis: Analysis, folder: Path, extra: Mapping[str, Any]) -> None:
     """Write `analysis.json`, with `extra` in it, and the arrays as `curves.npz`."""
     content = {**analysis._asdict(), **extra}
-    np.savez_compressed(folder / "curves.npz", allow_pickle=False, **content.pop("curves"))
-    (folder / "analysis.json").write_text(json.dumps(content, indent=1) + "\n")
+    curves = io.BytesIO()
+    np.savez_compressed(curves, allow_pickle=False, **content.pop("curves"))
+    replace_file(folder / "curves.npz", curves.getvalue())
+    replace_file(folder / "analysis.json", json.dumps(content, indent=1) + "\n")
 
 
 def _with_hotcoco(

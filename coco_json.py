@@ -185,6 +185,71 @@ class Annotations:
         content.update(self.category_index.tobytes() + self.iscrowd.tobytes())
         return content.hexdigest()
 
+    def summary(self, per_part: int | None = None) -> dict[str, Any]:
+        """Return what `differences` needs to compare other annotations with these: 50 KB at most.
+
+        Args:
+            per_part: images that share a hash; by default so many that there are 1024 hashes.
+        """
+        per_part = per_part or max(1, math.ceil(len(self) / 1024))
+        starts = range(0, len(self), per_part)
+        parts = []
+        for start in starts:
+            end = min(start + per_part, len(self))
+            letters = slice(*self.name_offsets[[start, end]])
+            boxes = slice(*self.offsets[[start, end]])
+            content = hashlib.sha256(self.names[letters].tobytes())
+            for array in (self.image_ids[start:end], self.sizes[start:end]):
+                content.update(array.tobytes())
+            content.update(np.diff(self.offsets[start : end + 1]).tobytes())
+            for array in (self.boxes_xywh, self.category_index, self.iscrowd):
+                content.update(array[boxes].tobytes())
+            parts.append(content.hexdigest()[:16])
+        counts = np.bincount(self.category_index, minlength=len(self.categories))
+        return {
+            "images": len(self),
+            "boxes": len(self.ids),
+            "classes": {name: int(n) for (_, name), n in zip(self.categories, counts, strict=True)},
+            "per_part": per_part,
+            "parts": parts,
+            "first_ids": self.image_ids[::per_part].tolist(),
+        }
+
+
+def differences(what: str, old: dict[str, Any] | None, annotations: Annotations) -> str:
+    """Say how annotations, called `what`, differ from those of a `summary`, None if unknown."""
+    if old is None:
+        return f"{what}: changed (this checkpoint does not remember how it was)"
+    new = annotations.summary(old["per_part"])
+    told = [f"{n} {old[n]} → {new[n]}" for n in ("images", "boxes") if old[n] != new[n]]
+    gone = [name for name in old["classes"] if name not in new["classes"]]
+    added = [name for name in new["classes"] if name not in old["classes"]]
+    for verb, names in (("removed", gone), ("added", added)):
+        if names:
+            told.append(f"classes {verb}: {_some(names)}")
+    counts = [
+        f"{name} {count} → {new['classes'][name]}"
+        for name, count in old["classes"].items()
+        if new["classes"].get(name, count) != count
+    ]
+    if counts:
+        told.append(f"boxes by class: {_some(counts)}")
+    pairs = zip(old["parts"], new["parts"], strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if place is None:
+        place = min(len(old["parts"]), len(new["parts"]))
+    if place < max(len(old["parts"]), len(new["parts"])):
+        ids = (old if place < len(old["parts"]) else new)["first_ids"]
+        size = old["per_part"]
+        where = "at" if size == 1 else f"within the {size} images that begin with"
+        told.append(f"the first difference is {where} image id {ids[place]}")
+    return f"{what}: {', '.join(told or ['ids of classes changed'])}"
+
+
+def _some(texts: Sequence[str]) -> str:
+    more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
+    return ", ".join(texts[:5]) + more
+
 
 @dataclass(frozen=True)
 class Finding:

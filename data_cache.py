@@ -1,24 +1,29 @@
 """The user's cache folder: what is derived from a data set, built once per machine.
 
 Packed annotations lie there as plain arrays that processes map into memory: all of a machine share
-one copy, and a second start reads next to nothing. Nothing is ever unpickled.
+one copy. Every start checks the SHA-256 of what it uses, and builds again what does not match.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 import coco_json
+import utils
 from coco_json import Annotations, Finding
 from utils import UserError
 
@@ -27,10 +32,9 @@ ARRAYS = (
     *("image_ids", "sizes", "names", "name_offsets", "offsets"),
     *("ids", "boxes_xywh", "area", "iscrowd", "category_index"),
 )
-_BLOCK = 2**20  # bytes
-_ABOUT = "about.json"
-
-T = TypeVar("T")
+CLOCK_TICK = 0.02  # seconds: the times of files move every 10 ms at worst (Linux with HZ=100)
+_PIECE = 2**22  # bytes hashed at a time
+_ABOUT, _WRITTEN = "about.json", "written.json"
 
 
 def folder() -> Path:
@@ -39,36 +43,78 @@ def folder() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "retinanet-reference"
 
 
-def built_once(place: Path, load: Callable[[Path], T | None], build: Callable[[Path], None]) -> T:
-    """Load what lies in the folder `place`, after building it if it is not there or not right.
+def built_once(place: Path, key: Any, build: Callable[[Path], None]) -> None:
+    """See that the folder `place` holds what `build` wrote for `key`, to the last bit.
 
-    Of all processes that ask at once, on a machine or over a shared disk, one builds; the others
-    wait for it. What a killed process left is built again.
+    What is missing, unfinished, of another key, or changed since, is built again. Of all processes
+    that ask at once, on a machine or over a shared disk, one builds; the others wait for it.
 
     Args:
-        load: returns None for what is missing, unfinished, stale or damaged.
+        key: describes what the content is made from; anything that JSON can hold.
         build: fills the new folder it is given, which then takes its place in one step.
 
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    loaded = load(place)
-    if loaded is not None:
-        return loaded
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place.with_name(f".{place.name}.lock"), "w") as lock:
+    if _holds(place, key):
+        return
+    with _locked(place):
+        if _holds(place, key):
+            return
+        unfinished = place.with_name(f".{place.name}.tmp")
+        _remove(unfinished)
+        unfinished.mkdir()
+        build(unfinished)
+        written = {"key": key, "hashes": _hashes(unfinished)}
+        (unfinished / _WRITTEN).write_text(json.dumps(written))
+        _remove(place)
+        os.replace(unfinished, place)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time, on a machine or over a shared disk, write `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with utils.open_lock(path.with_name(f".{path.name}.lock")) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however that ends
-        loaded = load(place)
-        if loaded is None:
-            unfinished = place.with_name(f".{place.name}.tmp")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            build(unfinished)
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(unfinished, place)
-            loaded = load(place)
-    assert loaded is not None, f"{place} was just built"
-    return loaded
+        yield
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, a file or a symbolic link (not what it points to), if there is one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _holds(place: Path, key: Any) -> bool:
+    """Return whether `place` holds the files that were written for `key`, unchanged."""
+    try:
+        written = json.loads((place / _WRITTEN).read_text())
+        return written == {"key": key, "hashes": _hashes(place)}
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(place: Path) -> dict[str, str]:
+    """Return a hash of each file in a folder, but for the one that keeps the hashes."""
+    files = sorted(path for path in place.iterdir() if path.name != _WRITTEN)
+    return {path.name: _hash(path) for path in files}
+
+
+def _hash(path: Path) -> str:
+    """Return the SHA-256 of the SHA-256 of each piece, so that all cores work on a large file."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file, ThreadPoolExecutor() as pool:
+
+        def digest(start: int) -> bytes:
+            piece = os.pread(file.fileno(), _PIECE, start)
+            return hashlib.sha256(piece).digest()  # lets other threads run
+
+        for part in pool.map(digest, range(0, path.stat().st_size, _PIECE)):
+            whole.update(part)
+    return whole.hexdigest()
 
 
 def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
@@ -79,22 +125,27 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     """
     if not path.is_file() or path.stat().st_size < CACHED_FROM:
         return coco_json.examine(path)
-    key, examined = _key(path), []
-
-    def load(place: Path) -> tuple[Annotations, list[Finding]] | None:
-        return _load(place, path, key)
+    state, examined = _state(path), []
 
     def build(place: Path) -> None:
         examined.append(coco_json.examine(path))
         annotations, findings = examined[0]
         coco_json.require_no_errors(path, findings)
+        if _state(path) != state:
+            raise UserError(f"{path} changed while it was read; start again when it is complete")
         assert annotations is not None
-        _save(place, key, annotations, findings)
+        _save(place, annotations, findings)
 
     try:
         name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
-        return built_once(folder() / "annotations" / f"{path.stem}-{name}", load, build)
+        place = folder() / "annotations" / f"{path.stem}-{name}"
+        code = Path(coco_json.__file__).read_bytes() + Path(__file__).read_bytes()
+        key = [_content(path, state, place), hashlib.sha256(code).hexdigest()]
+        built_once(place, key, build)
+        return _load(place, path)
     except UserError:  # with errors in it, it is not kept
+        if not examined or _state(path) != state:
+            raise
         return examined[0]
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         annotations, findings = examined[0] if examined else coco_json.examine(path)
@@ -104,70 +155,62 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         )
 
 
-def _key(path: Path) -> dict[str, Any]:
-    """Describe a file and the code that reads it, so that what changes with either is built anew.
+def _state(path: Path) -> list[int]:
+    """Return what changes with every write to a file: size, mtime and ctime.
 
-    The hash is of 65 blocks, not of everything: it has to be quick for files of gigabytes. It is
-    there for files that were changed without a change of size and time.
+    No program can set back the ctime, unlike the mtime. File systems without a ctime of their own
+    leave it to size and mtime.
     """
     about = path.stat()
-    content = hashlib.sha256(Path(coco_json.__file__).read_bytes())
-    with path.open("rb") as file:
-        for place in np.linspace(0, max(0, about.st_size - _BLOCK), 65, dtype=np.int64).tolist():
-            file.seek(place)
-            content.update(file.read(_BLOCK // 16))
-        content.update(file.read())
-    return {
-        "path": os.path.realpath(path),
-        "size": about.st_size,
-        "time": about.st_mtime_ns,
-        "hash": content.hexdigest(),
-    }
+    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
 
 
-def _save(
-    place: Path, key: dict[str, Any], annotations: Annotations, findings: list[Finding]
-) -> None:
+def _content(path: Path, state: list[int], place: Path) -> str:
+    """Return the hash of a whole file, which is read only if its `state` is not known yet.
+
+    Known hashes are kept beside `place`: one for each machine that shares the cache, and has its
+    own copy of the file.
+    """
+    seen = place.with_name(f".{place.name}.seen.json")
+
+    def known() -> list[Any]:
+        try:
+            return [[list(was), str(content)] for was, content in json.loads(seen.read_text())]
+        except (OSError, ValueError, TypeError):
+            return []
+
+    for was, content in known():
+        if was == state:
+            return content
+    with _locked(seen):
+        pairs = known()
+        for was, content in pairs:
+            if was == state:
+                return content
+        time.sleep(CLOCK_TICK)  # a change in the tick of `state` comes before the file is read
+        content = _hash(path)
+        seen.write_text(json.dumps([*pairs, [state, content]][-100:]))
+        return content
+
+
+def _save(place: Path, annotations: Annotations, findings: list[Finding]) -> None:
     for name in ARRAYS:
         np.save(place / f"{name}.npy", getattr(annotations, name), allow_pickle=False)
     about = {
-        "key": key,
-        "sums": {name: _sum(place / f"{name}.npy") for name in ARRAYS},
         "categories": annotations.categories,
         "findings": [asdict(found) for found in findings],
     }
     (place / _ABOUT).write_text(json.dumps(about))
 
 
-def _load(place: Path, path: Path, key: dict[str, Any]) -> tuple[Annotations, list[Finding]] | None:
-    """Map the arrays into memory; None where they are not those of `key`, or damaged."""
-    try:
-        about = json.loads((place / _ABOUT).read_text())
-        if about["key"] != key:
-            return None
-        if any(_sum(place / f"{name}.npy") != about["sums"][name] for name in ARRAYS):
-            return None
-        arrays: dict[str, Any] = {
-            # As plain arrays: each slice of a memmap object costs microseconds more.
-            name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-            for name in ARRAYS
-        }
-        categories = tuple((number, name) for number, name in about["categories"])
-        findings = [
-            Finding(**found | {"cases": tuple(found["cases"])}) for found in about["findings"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+def _load(place: Path, path: Path) -> tuple[Annotations, list[Finding]]:
+    """Map the arrays into memory."""
+    about = json.loads((place / _ABOUT).read_text())
+    arrays: dict[str, Any] = {
+        # As plain arrays: each slice of a memmap object costs microseconds more.
+        name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+        for name in ARRAYS
+    }
+    categories = tuple((number, name) for number, name in about["categories"])
+    findings = [Finding(**found | {"cases": tuple(found["cases"])}) for found in about["findings"]]
     return Annotations(path=path, categories=categories, **arrays), findings
-
-
-def _sum(path: Path) -> int:
-    """Add up a file as 64-bit words: reads gigabytes per second and sees lost or zeroed blocks."""
-    total, size = 0, os.path.getsize(path)
-    block = np.empty(_BLOCK // 8, dtype=np.uint64)
-    with path.open("rb") as file:
-        for _ in range(0, size, _BLOCK):
-            block[:] = 0
-            file.readinto(block.view(np.uint8).data)
-            total += int(block.sum())
-    return (total + size) % 2**64

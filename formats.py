@@ -73,12 +73,6 @@ def coco_paths(layout: str, root: Path) -> dict[str, Path]:
     names, splits = _find_voc(root) if layout == "voc" else _find_yolo(root)
     key = _key(root, splits)
 
-    def load(place: Path) -> dict[str, Path] | None:
-        if not (place / "key").is_file() or (place / "key").read_text() != key:
-            return None
-        folders = {f"{split}_images": splits[split].folder for split in SPLITS}
-        return folders | {f"{split}_annotations": place / f"{split}.json" for split in SPLITS}
-
     def build(place: Path) -> None:
         """Convert all splits, with one numbering of the classes."""
         convert = _convert_voc if layout == "voc" else _convert_yolo
@@ -87,23 +81,26 @@ def coco_paths(layout: str, root: Path) -> dict[str, Path]:
         for split, dataset in datasets.items():
             _number_categories(dataset, names or sorted(found))
             (place / f"{split}.json").write_text(json.dumps(dataset))
-        (place / "key").write_text(key)
 
     name = f"{root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:16]}"
     try:
-        return data_cache.built_once(data_cache.folder() / layout / name, load, build)
+        place = data_cache.folder() / layout / name
+        data_cache.built_once(place, key, build)
     except OSError as error:
         raise UserError(f"cannot keep {root} as COCO JSON: {error}; set XDG_CACHE_HOME") from None
+    folders = {f"{split}_images": splits[split].folder for split in SPLITS}
+    return folders | {f"{split}_annotations": place / f"{split}.json" for split in SPLITS}
 
 
 def _key(root: Path, splits: dict[str, _Split]) -> str:
-    """Hash the code, and name, size and time of all files that a conversion reads."""
+    """Hash the code, and name, size and times of all files that a conversion reads."""
     content = hashlib.sha256(Path(__file__).read_bytes())
     files = {path for split in splits.values() for path in split.labels}
     files |= {split.folder / name for split in splits.values() for name in split.images}
     for path in sorted(files | set(root.glob("*.y*ml"))):
         about = path.stat() if path.is_file() else None
-        content.update(bytes(path) + f" {about and (about.st_size, about.st_mtime_ns)}\n".encode())
+        times = about and (about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        content.update(bytes(path) + f" {times}\n".encode())
     return content.hexdigest()
 
 

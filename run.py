@@ -7,10 +7,13 @@ every process.
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,9 @@ import coco_utils
 import engine
 import progress
 import utils
+from coco_eval import CocoEvaluator
 from model import mixed_precision
-from utils import Processes, UserError, file_errors, logger
+from utils import Processes, file_errors, logger
 
 SAMPLES = 4  # images that TensorBoard shows at a time
 SHOWN_SCORE = 0.5  # of detections there
@@ -55,18 +59,15 @@ def open_folder(
 
     def claim() -> Path | None:
         """Be the one process that holds the folder and knows what is in it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(utils.lock_folder(folder))
-        utils.set_up_logging(True, folder / "log.txt")
-        if resume == "auto":
-            checkpoint.remove_leftovers(folder)
-            return checkpoint.newest(folder)
-        if (folder / "args.json").exists():
-            raise UserError(
-                f"--output-dir {folder} holds a run; continue it with --resume auto, or choose "
-                "another --output-dir"
-            )
-        return path
+        with file_errors("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(utils.lock_folder(folder))
+            utils.set_up_logging(True, folder / "log.txt")
+            if resume == "auto":
+                checkpoint.remove_leftovers(folder)
+                return checkpoint.newest(folder)
+            checkpoint.require_unused(folder)
+            return path
 
     utils.set_up_logging(processes.is_main)
     return processes.on_main(claim)
@@ -97,7 +98,10 @@ class Evaluation:
             tested: what `--test-only` evaluates, for `analysis.json`: "weights" and "step".
 
         Returns:
-            Whether it was not stopped, and on rank 0 the metrics.
+            Whether it was not stopped, and the metrics.
+
+        Raises:
+            UserError: on every process, if the folder cannot be written.
         """
         evaluator = coco_eval.CocoEvaluator(self.data.annotations, self.data.label_map)
         with mixed_precision(model, self.amp_dtype):
@@ -110,29 +114,45 @@ class Evaluation:
                 with_losses=self.val_loss,
                 should_stop=self.should_stop,
             )
-        if result is None:
-            return finished, {}
+        if not finished:
+            return False, {}
+        self.processes.broadcast(None)  # the others wait here, as long as rank 0 scores
+        write = functools.partial(self._write, result, evaluator, place, tested)
+        return True, self.processes.on_main(write)
+
+    def _write(
+        self,
+        result: engine.Evaluation | None,
+        evaluator: CocoEvaluator,
+        place: Path | None,
+        tested: Mapping[str, Any] | None,
+    ) -> dict[str, float]:
+        """Log a result and write it to the folder `place`; return its metrics."""
+        assert result is not None, "rank 0 has it"
         self._log(result)
-        with file_errors("write", place or Path.cwd()):
-            if place is not None:
+        if place is not None:
+            with file_errors("create", place):
                 place.mkdir(parents=True, exist_ok=True)
                 for name in reversed(FILES):  # of an earlier evaluation, perhaps of other weights
                     (place / name).unlink(missing_ok=True)
-            if self.save_detections:
-                path = (place or Path()) / "detections.json"
-                evaluator.write_results(result.detections, path)
-                logger.info("detections written to %s", path)
-            if place is not None and result.analysis is not None:
-                about: dict[str, Any] = {
-                    "images": str(self.data.root.resolve()),
-                    "annotations": str(self.data.annotations.path.resolve()),
-                    "categories": self.data.label_map,
-                }
-                extra = {"speed": result.speed, "data": about, "tested": tested}
-                coco_eval.write_analysis(result.analysis, place, extra)
-                np.save(place / "detections.npy", result.detections)
-                (place / "results.json").write_text(json.dumps(result.metrics, indent=2) + "\n")
-        return True, result.metrics
+        if self.save_detections:
+            path = (place or Path()) / "detections.json"
+            evaluator.write_results(result.detections, path)
+            logger.info("detections written to %s", path)
+        if place is not None and result.analysis is not None:
+            about = {
+                "images": str(self.data.root.resolve()),
+                "annotations": str(self.data.annotations.path.resolve()),
+                "categories": self.data.label_map,
+            }
+            extra = {"speed": result.speed, "data": about, "tested": tested}
+            coco_eval.write_analysis(result.analysis, place, extra)
+            content = io.BytesIO()
+            np.save(content, result.detections, allow_pickle=False)
+            utils.replace_file(place / "detections.npy", content.getvalue())
+            results = json.dumps(result.metrics, indent=2) + "\n"
+            utils.replace_file(place / "results.json", results)
+        return result.metrics
 
     def _log(self, result: engine.Evaluation) -> None:
         """Log the numbers and the tables; without annotations there are none."""
@@ -174,12 +194,17 @@ class Run:
         }
         self.evaluated: set[int] = set()
         self.lines_seen, self.is_warned = 0, False
-        self.tensorboard = None
-        if settings["tensorboard"] and self.processes.is_main:
-            from torch.utils.tensorboard import SummaryWriter
+        self.tensorboard: Any = None
+        if settings["tensorboard"]:
+            self.processes.on_main(lambda: self._open_tensorboard(stack))
 
-            # What was written after the checkpoint that is resumed from, will be written again.
-            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=state.step + 1)
+    def _open_tensorboard(self, stack: contextlib.ExitStack) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What was written after the checkpoint that is resumed from, will be written again.
+        place = self.folder / "tensorboard"
+        with file_errors("write", place):
+            writer = SummaryWriter(str(place), purge_step=self.state.step + 1)
             self.tensorboard = stack.enter_context(writer)
 
     def start(self, data: coco_utils.CocoDetection, lr: float, steps_per_epoch: int) -> None:
@@ -189,20 +214,22 @@ class Run:
         self.progress = progress.Progress(
             steps_per_epoch, settings["epochs"], global_batch, self.processes.is_main
         )
-        kept = []
-        if self.processes.is_main:
-            if self.state.epoch and not self.state.position:
-                self._keep(f"model_{self.state.epoch - 1}.pth", anew=False)
-            (self.folder / "preempted").unlink(missing_ok=True)
+
+        def write() -> list[dict[str, Any]]:
+            """Log the setup, write args.json; return the records up to this step."""
+            splits = {"data": data, "val_data": self.evaluation.data}
+            self.extra["data"] = {k: split.annotations.summary() for k, split in splits.items()}
+            with file_errors("delete", self.folder / "preempted"):
+                (self.folder / "preempted").unlink(missing_ok=True)
             kept = utils.rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
             about = {
-                **self.extra,
+                **{k: v for k, v in self.extra.items() if k != "data"},
                 "effective_lr": lr,
                 "global_batch": global_batch,
                 "paths": {name: str(path) for name, path in self.paths.items()},
                 "summary": self._summary(data, lr, steps_per_epoch),
             }
-            (self.folder / "args.json").write_text(json.dumps(about, indent=2) + "\n")
+            utils.replace_file(self.folder / "args.json", json.dumps(about, indent=2) + "\n")
             processes_here = progress.processes_on_this_machine()
             warnings = [
                 *progress.rate_warnings(settings["opt"], lr, global_batch, settings["weights"]),
@@ -213,19 +240,58 @@ class Run:
                 ),
                 *progress.worker_warnings(settings["workers"], processes_here, os.cpu_count() or 1),
                 *progress.precision_warnings(settings["amp"], self.processes.device),
+                *self._disk_use(steps_per_epoch)[1],
             ]
             title = f"{self.folder} from step {self.state.step}"
             progress.log_table(title, about["summary"], warnings)
             if self.tensorboard is not None:
-                self._show_samples(data)
-        aps = self.processes.broadcast({r["epoch"]: r["AP"] for r in kept if "AP" in r})
+                with file_errors("write", self.folder / "tensorboard"):
+                    self._show_samples(data)
+            return kept
+
+        kept = self.processes.on_main(write)
+        aps = {r["epoch"]: r["AP"] for r in kept if "AP" in r}
         self.evaluated = set(aps)
         self.state.best = max(aps.values(), default=self.state.best)
-        # Continued from another folder's checkpoint: from here on there is one in this folder, too.
-        if self.processes.broadcast(
-            self.state.step > 0 and not (self.folder / checkpoint.NEWEST).exists()
-        ):
+        # Resumed from another checkpoint, of this folder or not: from here on it is the newest.
+        if self.state.step > 0 and not self.processes.on_main(self._newest_is_this_step):
             self.save()
+        if self.state.epoch and not self.state.position:
+            name = f"model_{self.state.epoch - 1}.pth"
+            self.processes.on_main(lambda: self._keep(name, anew=False))
+
+    def _newest_is_this_step(self) -> bool:
+        path = self.folder / checkpoint.NEWEST
+        return checkpoint.step_of(path) == self.state.step and checkpoint.is_verified(path)
+
+    def _disk_use(self, steps_per_epoch: int) -> tuple[str, list[str]]:
+        """Return what checkpoints will take and what is free, for people, and warnings."""
+        limit = self.settings["max_steps"]
+        epochs = self.settings["epochs"]
+        if limit:
+            epochs = min(epochs, limit // steps_per_epoch)
+        keep = self.settings["keep_checkpoints"]
+        kept = epochs if keep is None else min(epochs, keep)
+        size, others = (
+            _checkpoint_bytes(self.state, self.settings),
+            3,
+        )  # checkpoint.pth, the one before, best.pth
+        there = [path for path in checkpoint.own(self.folder) if path.is_file()]
+        # Another one for a moment, as a temporary file beside the others.
+        needed = (kept + others + 1) * size - sum(path.stat().st_size for path in there)
+        with file_errors("read", self.folder):
+            free = shutil.disk_usage(self.folder).free
+        text = (
+            f"{kept} model_EPOCH.pth and {others} more checkpoints of {size / 1e9:.2g} GB: "
+            f"{(kept + others) * size / 1e9:.3g} GB; {free / 1e9:.3g} GB free"
+        )
+        warnings = []
+        if needed > free:
+            warnings.append(
+                f"{self.folder} needs {needed / 1e9:.3g} GB for checkpoints and has "
+                f"{free / 1e9:.3g} GB free; --keep-checkpoints 1 keeps one epoch and the best"
+            )
+        return text, warnings
 
     def _summary(
         self, data: coco_utils.CocoDetection, lr: float, steps_per_epoch: int
@@ -249,6 +315,7 @@ class Run:
             f"x {processes.world_size} processes x {per_step // processes.world_size} accumulated",
             "learning rate": f"{lr:g}, {settings['opt']}",
             "length": f"{settings['epochs']} epochs of {steps_per_epoch} steps",
+            "disk": self._disk_use(steps_per_epoch)[0],
             "precision": settings["amp"] or "fp32",
             "devices": progress.describe_devices(processes.device, processes.world_size),
             "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "revision"),
@@ -313,19 +380,16 @@ class Run:
         model = self.state.model_to_evaluate
         # Batch statistics are each process's own; a checkpoint has those of rank 0.
         self.processes.equalize(model.buffers())
-        with file_errors("write", place):
-            finished, metrics = self.evaluation.run(model, place)
+        finished, metrics = self.evaluation.run(model, place)
         if not finished:
             return False
-        ap = self.processes.broadcast(metrics.get("AP"))
+        ap = metrics["AP"]
         if self.state.best is None or ap > self.state.best:
+            newest, best = self.folder / checkpoint.NEWEST, self.folder / checkpoint.BEST
+            self.processes.on_main(lambda: checkpoint.copy(newest, best))
             self.state.best = ap
-            if self.processes.is_main:
-                checkpoint.copy(self.folder / checkpoint.NEWEST, self.folder / "best.pth")
         self.evaluated.add(epoch)
-        self._record(metrics)
-        if self.tensorboard is not None:
-            self._show_detections(place)
+        self._record(metrics, place)
         return True
 
     def save(self, name: str | None = None) -> None:
@@ -363,24 +427,37 @@ class Run:
         if self.is_stopped():
             received = self.evaluation.should_stop.received or "a signal to another process"
             how = f"stopped by {received}"
-            if self.processes.is_main:
-                (self.folder / "preempted").write_text(f"{received} at step {self.state.step}\n")
+            marker = f"{received} at step {self.state.step}\n"
+            path = self.folder / "preempted"
+            self.processes.on_main(lambda: utils.replace_file(path, marker))
         logger.info("%s after step %d", how, self.state.step)
 
-    def _record(self, values: dict[str, Any]) -> None:
-        """Write one record to the log, metrics.jsonl and, if asked for, TensorBoard."""
-        if not self.processes.is_main:
-            return
+    def _record(self, values: dict[str, Any], evaluation: Path | None = None) -> None:
+        """Write one record to the log, metrics.jsonl and, if asked for, TensorBoard.
+
+        Args:
+            evaluation: the folder of the evaluation whose detections TensorBoard shows.
+
+        Raises:
+            UserError: on every process, if it cannot be written.
+        """
         epoch = self.state.epoch if self.state.position else self.state.epoch - 1
         record = {"step": self.state.step, "epoch": epoch, **values}
-        if "images_per_second" in values:
-            self.progress.line(self.state.step, record)
-        else:
-            logger.info("  ".join(f"{name} {progress.short(v)}" for name, v in record.items()))
-        utils.append_json_line(self.folder / "metrics.jsonl", record)
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, self.state.step)
+
+        def write() -> None:
+            if "images_per_second" in values:
+                self.progress.line(self.state.step, record)
+            else:
+                logger.info("  ".join(f"{name} {progress.short(v)}" for name, v in record.items()))
+            utils.append_json_line(self.folder / "metrics.jsonl", record)
+            if self.tensorboard is not None:
+                with file_errors("write", self.folder / "tensorboard"):
+                    for name, value in values.items():
+                        self.tensorboard.add_scalar(name, value, self.state.step)
+                    if evaluation is not None:
+                        self._show_detections(evaluation)
+
+        self.processes.on_main(write)
 
     def _warn_of_waiting(self, line: dict[str, float]) -> None:
         """Warn once if data is what the run waits for; in the first line workers still start."""
@@ -391,3 +468,15 @@ class Run:
                 logger.warning("warning: %s", warning)
                 self.is_warned = True
         self.lines_seen += 1
+
+
+def _checkpoint_bytes(state: engine.TrainState, settings: dict[str, Any]) -> int:
+    """Return about how large a checkpoint is, from its tensors; a new optimizer has none yet."""
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    weights = size(state.model.state_dict().values())
+    trained = size(p for p in state.model.parameters() if p.requires_grad)
+    moments = 2 if settings["opt"] == "adamw" else int(settings["momentum"] > 0)
+    return weights * (1 if state.ema is None else 2) + trained * moments

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from utils import open_lock
+
 FORMAT = 3  # part of the folder's name: raise it with any change to what is drawn
 CATEGORIES = {"circle": 1, "square": 3, "triangle": 7}  # gaps, so that label mapping is exercised
 
@@ -59,7 +61,7 @@ def make_shapes(
     root.mkdir(parents=True, exist_ok=True)
     # The lock also ends with a killed process. Without it, one process could take the folder
     # that another has just completed for the damaged one that it saw before, and remove it.
-    with open(root / f".{folder.name}.lock", "w") as lock:
+    with open_lock(root / f".{folder.name}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_complete(folder, num_train, num_val):
             unfinished = root / f".{folder.name}.tmp"

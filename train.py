@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -718,6 +718,17 @@ def training_data(
     return sampler, make_loader(data, sampler, workers, processes.device, keep=True)
 
 
+def data_changes(
+    saved: dict[str, Any], train: coco_utils.Annotations, val: coco_utils.Annotations
+) -> dict[str, Callable[[], str]]:
+    """Return what says how the data differs from that of a checkpoint; `saved` as it remembers."""
+    splits = {"data": ("training data", train), "val_data": ("validation data", val)}
+    return {
+        key: functools.partial(coco_json.differences, name, saved.get(key), annotations)
+        for key, (name, annotations) in splits.items()
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     """Train, or with `--test-only` evaluate: the whole run in order."""
     check_flags(args)
@@ -815,9 +826,16 @@ def main(args: argparse.Namespace) -> None:
         identity |= {**parser.compared(args, REFUSE), **may_change}
         if resume:
             saved = checkpoint.as_own(saved, identity, sampler.steps_per_epoch, resume)
+            explained = data_changes(saved.get("data", {}), train, val)
             # A flag that is newer than the checkpoint had its default.
-            before = parser.defaults() | saved["args"]
-            checkpoint.check_same_run(before, identity, may_change, resume)
+            checkpoint.check_same_run(
+                saved["args"],
+                identity,
+                may_change,
+                resume,
+                defaults=parser.defaults(),
+                explained=explained,
+            )
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)

@@ -271,38 +271,132 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append `record` as one line of JSON and see it to the disk.
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a new file at `path` for writing; sync it at the end, delete it if that fails.
+
+    What was there is removed first. A symbolic link is never followed.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            path.unlink()  # the half that fits
+        raise
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write `path` in one step: a crash or a full disk leaves the old content.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    with file_errors("write", path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    temporary = path.with_name(path.name + ".tmp")
+    with file_errors("write", path):
+        with new_file(temporary) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        rename(temporary, path)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Let a new file take the place of `path`; delete it if it cannot."""
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append `record` as one line of JSON and see it to the disk.
+
+    Raises:
+        UserError: if the file cannot be written; it is then as it was.
+    """
+    with file_errors("write", path):
+        _append(path, (json.dumps(record) + "\n").encode())
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk that fills takes a part, and refuses the rest
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of `path`; a last line that a crash cut short is left out."""
+    """Return the records of `path`; a last line that a crash cut short is left out.
+
+    A line that is no record is logged with its number, and left out.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    records, bad_lines = _parse_json_lines(path)
+    for number in bad_lines:
+        logger.warning("%s, line %d: not a record, left out", path, number)
+    return records
+
+
+def _parse_json_lines(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """Return the records, and by their numbers the lines that are none."""
+    records, bad_lines = [], {}
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [], {}
+    with file_errors("read", path):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):  # not UTF-8, or not JSON
+            record = None
+        if _is_record(record):
+            records.append(record)
+        else:
+            bad_lines[number] = line
+    return records, bad_lines
+
+
+def _is_record(value: Any) -> bool:
+    """Return whether `value` is a line of a run: numbers by name, the step among them."""
+    if not isinstance(value, dict) or not all(type(v) in (int, float) for v in value.values()):
+        return False
+    needed = ("step", "epoch") if "AP" in value else ("step",)
+    return all(name in value for name in needed) and all(
+        type(value[name]) is int for name in ("step", "epoch") if name in value
+    )
 
 
 def rewind_json_lines(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the records after optimizer step `step`, in place, and return the others.
 
-    A run that resumes at `step` writes the later ones again, so every record stands once.
+    A run that resumes at `step` writes the later ones again, so every record stands once. A line
+    that is no record is logged and moved to a file beside, `NAME.bad`.
+
+    Raises:
+        UserError: if the file cannot be read or written.
     """
-    kept = [record for record in read_json_lines(path) if record["step"] <= step]
-    rewritten = path.with_suffix(".tmp")
-    with rewritten.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(rewritten, path)
+    records, bad_lines = _parse_json_lines(path)
+    kept = [record for record in records if record["step"] <= step]
+    aside = path.with_name(path.name + ".bad")
+    for number, line in bad_lines.items():
+        logger.warning("%s, line %d: not a record, moved to %s", path, number, aside.name)
+        with file_errors("write", aside):
+            _append(aside, line + b"\n")
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
@@ -394,6 +488,11 @@ def _is_python(process: int) -> bool:
         return False
 
 
+def open_lock(path: Path) -> IO[str]:
+    """Open, or create, a file to lock. What it holds stays; a symbolic link is not followed."""
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+
+
 def lock_folder(folder: Path) -> IO[str]:
     """Claim `folder` until this process ends, however it ends; keep the result.
 
@@ -402,7 +501,8 @@ def lock_folder(folder: Path) -> IO[str]:
     Raises:
         UserError: if another process holds it.
     """
-    file = (folder / ".lock").open("w")
+    with file_errors("write", folder / ".lock"):
+        file = open_lock(folder / ".lock")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

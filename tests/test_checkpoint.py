@@ -12,8 +12,10 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from checkpoint import NEWEST, PREVIOUS
 from utils import UserError
 
 KILLED = 77
-FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "shutil.copyfile", "os.truncate"}
+FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.truncate"}
 
 
 def state(step: int) -> dict[str, Any]:
@@ -428,8 +430,9 @@ def copy_of(folder: Path, target: Path) -> None:
 
 @pytest.fixture
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of saves are quick if none waits for the disk."""
+    """Hundreds of saves are quick if none waits for the disk, or for another process."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
 
 
 @pytest.mark.parametrize("tear", [False, True])
@@ -554,6 +557,7 @@ def test_a_file_that_the_system_refuses_to_write_leaves_the_old_ones(tmp_path: P
 def test_a_full_disk_at_any_point_leaves_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()
     for step in (1, 2):
@@ -590,7 +594,7 @@ def _disk_is_full_at(patch: pytest.MonkeyPatch, number: int) -> None:
 
     for name in ("fsync", "link", "replace"):
         patch.setattr(os, name, failing(getattr(os, name)))
-    patch.setattr(shutil, "copyfile", failing(shutil.copyfile))
+    patch.setattr(shutil, "copyfileobj", failing(shutil.copyfileobj))
 
 
 # --- malice ---------------------------------------------------------------------------------------
@@ -641,7 +645,7 @@ def test_the_malice_would_work_on_who_unpickles_it(tmp_path: Path, form: str) ->
 
 def test_pruning_keeps_the_newest_epochs_and_every_other_checkpoint(tmp_path: Path) -> None:
     for epoch in (8, 9, 10, 11):
-        checkpoint.save({"epoch": epoch}, tmp_path / "checkpoint.pth")
+        checkpoint.save({"epoch": epoch, "step": epoch}, tmp_path / "checkpoint.pth")
         checkpoint.copy(tmp_path / "checkpoint.pth", tmp_path / f"model_{epoch}.pth")
     checkpoint.copy(tmp_path / "checkpoint.pth", tmp_path / "best.pth")
     checkpoint.prune(tmp_path, keep=2)
@@ -657,3 +661,185 @@ def test_pruning_keeps_the_newest_epochs_and_every_other_checkpoint(tmp_path: Pa
     checkpoint.prune(tmp_path, keep=0)
     assert not list(tmp_path.glob("model_*"))
     assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint.pth"
+
+
+# --- whose files these are ------------------------------------------------------------------------
+
+
+STRANGERS = (
+    *("model_best.pth", "model_0 (1).pth", "model_final.pth", "model_01.pth", "model_-1.pth"),
+    *("model_1.pth.bak", "my.tmp", "notes.pth.tmp", "checkpoint.pth.old", "model_²۳.pth"),
+)
+
+
+def test_files_of_other_names_are_never_counted_read_or_deleted(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    for name in STRANGERS:
+        (tmp_path / name).write_text("precious")
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "foo.pth").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "bar.pth")
+    assert checkpoint.newest(tmp_path) is None
+    checkpoint.require_unused(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for epoch in range(3):
+        checkpoint.save(state(epoch), tmp_path / NEWEST)
+        checkpoint.copy(tmp_path / NEWEST, tmp_path / f"model_{epoch}.pth")
+    checkpoint.prune(tmp_path, keep=0)
+    checkpoint.remove_leftovers(tmp_path)
+    assert checkpoint.newest(tmp_path) == tmp_path / NEWEST and warnings == []
+    ours = {NEWEST, PREVIOUS, NEWEST + ".sha256", PREVIOUS + ".sha256"}
+    assert sorted({path.name for path in tmp_path.iterdir()} - ours) == before
+    assert all((tmp_path / name).read_text() == "precious" for name in STRANGERS)
+
+
+@pytest.mark.parametrize("name", [NEWEST, "best.pth", "model_3.pth"])
+def test_a_folder_with_a_checkpoint_is_no_place_for_a_new_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("of some run, without args.json")
+    with pytest.raises(UserError, match=f"holds a run .*{name}.*--resume auto"):
+        checkpoint.require_unused(tmp_path)
+
+
+@pytest.fixture
+def half_a_minute() -> Iterator[None]:
+    """Raise TimeoutError in what would wait for ever."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def make_it_a_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_its_sidecar_a_fifo(path: Path) -> None:
+    make_it_a_fifo(sidecar(path))
+
+
+def make_it_a_dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    "damage", [make_it_a_fifo, make_its_sidecar_a_fifo, make_it_a_dangling_link]
+)
+def test_a_file_of_another_kind_hangs_nothing(
+    tmp_path: Path, damage: Damage, warnings: list[str], half_a_minute: None
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    damage(tmp_path / NEWEST)
+    assert not checkpoint.is_verified(tmp_path / NEWEST)
+    assert checkpoint.newest(tmp_path) == tmp_path / PREVIOUS
+    with pytest.raises(UserError, match="--resume"):
+        checkpoint.load(tmp_path / NEWEST)
+    checkpoint.remove_leftovers(tmp_path)
+
+
+def test_temporary_files_do_not_follow_links(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    folder.mkdir()
+    victim.write_text("precious")
+    for name in (NEWEST, NEWEST + ".sha256", "best.pth", "best.pth.sha256"):
+        (folder / f"{name}.tmp").symlink_to(victim)
+    checkpoint.save(state(1), folder / NEWEST)
+    checkpoint.copy(folder / NEWEST, folder / "best.pth")
+    assert checkpoint.is_verified(folder / NEWEST) and checkpoint.is_verified(folder / "best.pth")
+    assert victim.read_text() == "precious"
+    assert not list(folder.glob("*.tmp"))
+
+
+# --- the newest -----------------------------------------------------------------------------------
+
+
+def test_the_newest_is_the_one_with_most_steps_whatever_the_times_of_files(
+    tmp_path: Path, warnings: list[str]
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth")
+    (tmp_path / "elsewhere").mkdir()
+    checkpoint.save(state(1), tmp_path / "elsewhere" / NEWEST)
+    for name in (NEWEST, NEWEST + ".sha256"):
+        os.replace(tmp_path / "elsewhere" / name, tmp_path / name)
+    os.utime(tmp_path / "best.pth", ns=(1, 1))
+    assert checkpoint.newest(tmp_path) == tmp_path / "best.pth"
+    checkpoint.copy(tmp_path / "best.pth", tmp_path / PREVIOUS)
+    assert checkpoint.newest(tmp_path) == tmp_path / PREVIOUS
+    flip_a_bit(tmp_path / PREVIOUS)
+    (tmp_path / "best.pth").unlink()
+    assert checkpoint.newest(tmp_path) == tmp_path / NEWEST
+    assert len(warnings) == 1 and PREVIOUS in warnings[0]
+
+
+def test_a_save_keeps_the_one_before_if_that_holds_more_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 6):
+        checkpoint.save(state(step), tmp_path / NEWEST)
+    (tmp_path / "elsewhere").mkdir()
+    checkpoint.save(state(1), tmp_path / "elsewhere" / NEWEST)
+    for name in (NEWEST, NEWEST + ".sha256"):
+        os.replace(tmp_path / "elsewhere" / name, tmp_path / name)
+    checkpoint.save(state(6), tmp_path / NEWEST)  # resumed from PREVIOUS, at step 5
+    assert_holds(tmp_path / PREVIOUS, 5)
+    assert_holds(tmp_path / NEWEST, 6)
+
+
+def test_the_step_of_a_checkpoint_is_read_without_its_tensors(tmp_path: Path) -> None:
+    checkpoint.save(state(7), tmp_path / NEWEST)
+    assert checkpoint.step_of(tmp_path / NEWEST) == 7
+    checkpoint.save({"model": {}}, tmp_path / NEWEST)
+    assert checkpoint.step_of(tmp_path / NEWEST) is None
+    assert checkpoint.step_of(tmp_path / "nowhere.pth") is None
+
+
+def test_a_reader_of_a_file_that_is_being_replaced_never_finds_it_damaged(tmp_path: Path) -> None:
+    checkpoint.save(state(0), tmp_path / NEWEST)
+    child = os.fork()
+    if child == 0:
+        replace = os.replace
+
+        def slow(source: Path, target: Path) -> None:
+            replace(source, target)
+            time.sleep(0.02)  # between the file and its sidecar
+
+        os.replace = slow
+        for step in range(1, 60):
+            checkpoint.save(state(step), tmp_path / NEWEST)
+        os._exit(0)
+    steps = set()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        steps.add(checkpoint.load(tmp_path / NEWEST)["step"])
+        newest = checkpoint.newest(tmp_path)
+        assert newest is not None
+    assert len(steps) > 3
+
+
+# --- the same run ---------------------------------------------------------------------------------
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(warnings: list[str]) -> None:
+    now, defaults = {"lr": 0.1, "loss": "focal"}, {"loss": "focal"}
+    checkpoint.check_same_run({"lr": 0.1}, now, (), Path("c.pth"), defaults)
+    assert warnings == []
+    with pytest.raises(UserError, match="loss: focal → other"):
+        checkpoint.check_same_run({"lr": 0.1}, now | {"loss": "other"}, (), Path("c.pth"), defaults)
+
+
+def test_changed_data_is_named_in_words_and_not_by_its_hash() -> None:
+    told = {"data": lambda: "training data: images 3 → 2"}
+    with pytest.raises(UserError, match="training data: images 3 → 2; give the old") as error:
+        checkpoint.check_same_run(
+            {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=told
+        )
+    assert "a" * 64 not in str(error.value) and "b" * 64 not in str(error.value)

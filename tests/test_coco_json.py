@@ -468,3 +468,52 @@ def test_fingerprint_changes_with_what_training_sees(tmp_path: Path) -> None:
         (("categories", 0, "name"), "cow"),
     ):
         assert fingerprint(json.loads(changed(*path, to=value)())) != reference, path
+
+
+def test_a_summary_tells_what_changed_in_the_data(tmp_path: Path) -> None:
+    def read(document: Document) -> coco_json.Annotations:
+        return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[0]
+
+    before = read(valid())
+    old = json.loads(json.dumps(before.summary()))  # as a checkpoint keeps it
+    document = valid()
+    gone = document["images"].pop()["id"]
+    left = [a for a in document["annotations"] if a["image_id"] != gone]
+    document["annotations"] = left
+    told = coco_json.differences("training data", old, read(document))
+    assert f"images {len(before)} → {len(before) - 1}" in told and f"image id {gone}" in told
+    document = valid()
+    document["annotations"][0]["bbox"][2] += 1
+    told = coco_json.differences("training data", old, read(document))
+    first = document["annotations"][0]["image_id"]
+    assert told == f"training data: the first difference is at image id {first}"
+    document = valid()
+    name = document["categories"][0]["name"]
+    document["categories"][0]["name"] = "yak"
+    told = coco_json.differences("training data", old, read(document))
+    assert f"classes removed: {name}" in told and "classes added: yak" in told
+    document = valid()
+    number = document["annotations"].pop(0)["category_id"]
+    (name,) = [c["name"] for c in document["categories"] if c["id"] == number]
+    told = coco_json.differences("training data", old, read(document))
+    count = old["classes"][name]
+    assert (
+        f"boxes {old['boxes']} → {old['boxes'] - 1}" in told
+        and f"{name} {count} → {count - 1}" in told
+    )
+    told = coco_json.differences("training data", None, before)
+    assert "does not remember" in told
+
+
+def test_a_summary_of_many_images_stays_small_and_finds_the_part(tmp_path: Path) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(5, 3005)]
+    document = valid() | {"images": images, "annotations": []}
+
+    def read() -> coco_json.Annotations:
+        return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[0]
+
+    old = json.loads(json.dumps(read().summary()))
+    assert old["per_part"] == 3 and len(old["parts"]) == 1000
+    images[7]["width"] = 8
+    told = coco_json.differences("training data", old, read())
+    assert told.endswith("within the 3 images that begin with image id 11")

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from test_coco_json import changed, valid, write
 
 import coco_json
 import data_cache
+from utils import UserError
 
 
 @pytest.fixture
@@ -95,11 +97,50 @@ def test_changed_file_is_read_anew(json_file: Path) -> None:
     assert_right(json_file)
 
 
-def test_touched_file_is_read_anew(json_file: Path, reads: list[Path]) -> None:
+def test_a_change_anywhere_in_a_large_file_is_noticed(json_file: Path) -> None:
+    # Without a change of size and time, and between the blocks that a sample would hash.
+    content, blank = json_file.read_bytes(), b" " * 2**22
+    for shift in range(0, 130_000, 25_000):  # samples of 64 KiB would leave gaps of 46 KiB
+        old = content[:1] + blank + b" " * shift + content[1:-1] + blank + content[-1:]
+        json_file.write_bytes(old)
+        about = json_file.stat()
+        before, _ = data_cache.examine(json_file)
+        json_file.write_bytes(old.replace(b"[10, 10, 20.25, 30]", b"[10, 10, 20.25, 31]"))
+        os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))
+        after, _ = data_cache.examine(json_file)
+        assert before is not None and after is not None
+        assert before.fingerprint() != after.fingerprint()
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    json_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = coco_json.examine
+
+    def change(path: Path) -> Any:
+        result = read(path)
+        path.write_bytes(path.read_bytes() + b" ")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coco_json, "examine", change)
+        with pytest.raises(UserError, match="changed while it was read"):
+            data_cache.examine(json_file)
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert_right(json_file)
+
+
+def test_touched_or_copied_file_is_not_read_again_as_its_content_is_known(
+    json_file: Path, reads: list[Path]
+) -> None:
     data_cache.examine(json_file)
     os.utime(json_file, ns=(1, 1))
     data_cache.examine(json_file)
-    assert len(reads) == 2
+    copy = json_file.with_name("copy")
+    copy.write_bytes(json_file.read_bytes())
+    os.replace(copy, json_file)
+    data_cache.examine(json_file)
+    assert len(reads) == 1
 
 
 def damage_none(folder: Path) -> None:
@@ -124,6 +165,38 @@ def flip_a_bit(folder: Path) -> None:
     path.write_bytes(content)
 
 
+def swap_two_words(folder: Path) -> None:
+    path = folder / "ids.npy"
+    content = path.read_bytes()
+    assert content[-16:-8] != content[-8:]
+    path.write_bytes(content[:-16] + content[-8:] + content[-16:-8])
+
+
+def edit_the_categories(folder: Path) -> None:
+    path = folder / "about.json"
+    edited = path.read_text().replace("cat", "dog")
+    assert edited != path.read_text()
+    path.write_text(edited)
+
+
+def lose_the_hashes(folder: Path) -> None:
+    (folder / "written.json").write_text("\0" * 50)
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "other.npy").write_bytes(b"")
+
+
+def make_it_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def make_it_a_dangling_link(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to("nowhere")
+
+
 def remove_an_array(folder: Path) -> None:
     (folder / "area.npy").unlink()
 
@@ -143,7 +216,8 @@ def leave_it_unfinished(folder: Path) -> None:
 
 
 DAMAGES = [
-    *(truncate, zero_a_block, flip_a_bit, remove_an_array),
+    *(truncate, zero_a_block, flip_a_bit, swap_two_words, remove_an_array, add_a_file),
+    *(edit_the_categories, lose_the_hashes, make_it_a_file, make_it_a_dangling_link),
     *(cut_the_description, replace_the_description, leave_it_unfinished),
 ]
 
@@ -167,13 +241,13 @@ def test_nothing_is_unpickled(json_file: Path, tmp_path: Path, monkeypatch: Any)
         def __reduce__(self) -> Any:
             return Path.touch, (canary,)
 
-    path = place(tmp_path) / "ids.npy"
-    np.save(path, np.array([Attack()], dtype=object), allow_pickle=True)
-    monkeypatch.setattr(data_cache, "_sum", lambda path: 0)
-    about = json.loads((place(tmp_path) / "about.json").read_text())
-    about["sums"] = dict.fromkeys(about["sums"], 0)
-    (place(tmp_path) / "about.json").write_text(json.dumps(about))
-    assert_right(json_file)
+    folder = place(tmp_path)
+    np.save(folder / "ids.npy", np.array([Attack()], dtype=object), allow_pickle=True)
+    written = json.loads((folder / "written.json").read_text())
+    written["hashes"] = data_cache._hashes(folder)
+    (folder / "written.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="Python objects"):
+        data_cache.examine(json_file)
     assert not canary.exists()
     assert pickle.dumps(Attack())  # it would have worked
 
@@ -257,3 +331,29 @@ def test_folder_follows_the_xdg_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data_cache.folder() == Path("/home/someone/.cache/retinanet-reference")
     monkeypatch.setenv("XDG_CACHE_HOME", "/fast/disk")
     assert data_cache.folder() == Path("/fast/disk/retinanet-reference")
+
+
+def test_a_lock_does_not_follow_a_link(json_file: Path, tmp_path: Path) -> None:
+    data_cache.examine(json_file)
+    folder, victim = place(tmp_path), tmp_path / "victim"
+    victim.write_text("precious")
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.unlink()
+    lock.symlink_to(victim)
+    truncate(folder)
+    _, findings = data_cache.examine(json_file)
+    assert any(found.what == "annotations that cannot be cached" for found in findings)
+    assert victim.read_text() == "precious"
+
+
+def test_an_unfinished_folder_that_is_a_link_is_removed_and_not_followed(
+    json_file: Path, tmp_path: Path
+) -> None:
+    data_cache.examine(json_file)
+    folder, victim = place(tmp_path), tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").touch()
+    folder.with_name(f".{folder.name}.tmp").symlink_to(victim)
+    truncate(folder)
+    assert_right(json_file)
+    assert [path.name for path in victim.iterdir()] == ["precious"]

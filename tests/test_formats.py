@@ -237,7 +237,27 @@ def test_conversion_happens_once_and_again_after_a_change(
     label.write_text("0 0.5 0.5 0.25 0.5\n")
     os.utime(label, ns=(about.st_atime_ns, about.st_mtime_ns))  # the size tells, too
     assert len(boxes_by_name(read("yolo", root))["a b ü.jpg"]) == 1 and len(calls) == 4
+    about = label.stat()
+    label.write_text("0 0.5 0.5 0.25 0.4\n")
+    os.utime(label, ns=(about.st_atime_ns, about.st_mtime_ns))  # only the ctime tells
+    read("yolo", root)
+    assert len(calls) == 6
     assert data_cache.folder() in formats.coco_paths("yolo", root)["val_annotations"].parents
+
+
+@pytest.mark.parametrize("split", formats.SPLITS)
+@pytest.mark.parametrize("damage", ["cut", "edited", "removed", "empty"])
+def test_a_damaged_json_in_the_cache_is_made_again(split: str, damage: str, tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    path = formats.coco_paths("yolo", root)[f"{split}_annotations"]
+    whole = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        edited = whole.replace(b'"width": ', b'"width": 1', 1)
+        path.write_bytes({"cut": whole[:-20], "edited": edited, "empty": b""}[damage])
+    assert formats.coco_paths("yolo", root)[f"{split}_annotations"] == path
+    assert path.read_bytes() == whole
 
 
 def as_voc(bccd: Path, root: Path) -> None:

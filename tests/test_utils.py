@@ -9,8 +9,10 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -33,6 +35,7 @@ from utils import (
     derive_seed,
     lock_folder,
     read_json_lines,
+    replace_file,
     rewind_json_lines,
 )
 
@@ -53,7 +56,7 @@ MAY_IMPORT = {
     "data_cache": {"utils", "coco_json"},
     "formats": {"utils", "coco_utils", "data_cache"},
     "presets": {"transforms"},
-    "shapes": set(),
+    "shapes": {"utils"},
     "coco_eval": {"utils"},
     "box_subnet": set(),
     "retinanet": {"box_subnet"},
@@ -98,13 +101,13 @@ def test_seeds_differ_and_fit_every_generator() -> None:
 # --- records --------------------------------------------------------------------------------------
 
 
+NAMES = st.text(max_size=5) | st.sampled_from(["a\nb", "\u2028", "\x85", "\x1c", "ä"])
+OTHER_NAMES = NAMES.filter(lambda name: name not in ("step", "epoch", "AP"))
 RECORDS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "step": st.integers(0, 20),
-            "loss": st.floats(allow_nan=False),
-            "name": st.text(max_size=5) | st.sampled_from(["a\nb", "\u2028", "\x85", "\x1c", "ä"]),
-        }
+    st.builds(
+        lambda values, step: values | {"step": step},
+        st.dictionaries(OTHER_NAMES, st.floats(allow_nan=False) | st.integers(), max_size=3),
+        st.integers(0, 20),
     ),
     max_size=8,
 )
@@ -161,6 +164,69 @@ def test_a_kill_while_rewinding_loses_nothing(
     with pytest.raises(KeyboardInterrupt):
         rewind_json_lines(path, 2)
     assert path.read_bytes() == before
+
+
+NO_RECORDS = [
+    *(b"garbage", b"null", b"\0" * 40, b"", b"[1]", b"7", b'{"loss": 1}', b'{"step": "3"}'),
+    *(b'{"step": 1.5}', b'{"step": null}', b'{"step": true}', b'{"step": 3, "loss": "low"}'),
+    *(b'{"step": 3, "loss": null}', b'{"step": 3, "epoch": 0.5}', b'{"step": 3, "AP": 0.5}'),
+    *(b'{"step": 3, "AP": [1], "epoch": 0}', b"\xff\xfe{}", b'{"step": 3', b"[" * 100_000),
+]
+
+
+@pytest.mark.parametrize("line", NO_RECORDS)
+def test_a_line_that_is_no_record_is_set_aside_and_nothing_else_lost(
+    tmp_path: Path,
+    line: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(utils.logger, "propagate", True)
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 5):
+        append_json_line(path, {"step": step, "epoch": 0, "loss": math.nan})
+        if step == 2:
+            path.write_bytes(path.read_bytes() + line + b"\n")
+    whole = path.read_bytes()
+    assert [record["step"] for record in read_json_lines(path)] == [1, 2, 3, 4]
+    assert f"{path}, line 3" in caplog.text and path.read_bytes() == whole
+    caplog.clear()
+    assert [record["step"] for record in rewind_json_lines(path, 3)] == [1, 2, 3]
+    assert f"{path}, line 3" in caplog.text and "metrics.jsonl.bad" in caplog.text
+    assert (tmp_path / "metrics.jsonl.bad").read_bytes() == line + b"\n"
+    caplog.clear()
+    assert [record["step"] for record in rewind_json_lines(path, 3)] == [1, 2, 3]
+    assert caplog.text == ""
+
+
+def test_a_record_for_which_there_is_no_room_leaves_no_part(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_json_line(path, {"step": 1})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl"):
+            append_json_line(path, {"step": 2})
+        assert path.read_bytes() == before
+        with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl"):
+            replace_file(path, "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+    append_json_line(path, {"step": 2})
+    assert read_json_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_files_are_written_beside_links_and_not_through_them(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "a.json.tmp").symlink_to(victim)
+    replace_file(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "new" and victim.read_text() == "precious"
+    assert not (tmp_path / "a.json.tmp").is_symlink()
 
 
 # --- the lock -------------------------------------------------------------------------------------
@@ -257,6 +323,15 @@ def test_the_lock_of_a_killed_run_is_free_while_its_workers_still_end(
     assert first.worker is not None
     os.kill(first.worker, 0)  # it lives
     lock_folder(tmp_path).close()
+
+
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".lock").symlink_to(victim)
+    with pytest.raises(UserError, match=r"cannot write .*\.lock"):
+        lock_folder(tmp_path)
+    assert victim.read_text() == "precious"
 
 
 def test_a_file_system_without_locks_is_used_and_that_said(

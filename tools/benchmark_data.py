@@ -88,14 +88,11 @@ def generated_file(size: str) -> Path:
     """Return an annotation file of one of `SIZES`, written once to the cache folder."""
     place = data_cache.folder() / "benchmark" / f"{size}-1"
 
-    def load(folder: Path) -> Path | None:
-        path = folder / "instances.json"
-        return path if path.is_file() else None
-
     def build(folder: Path) -> None:
         write_file(folder / "instances.json", *SIZES[size])
 
-    return data_cache.built_once(place, load, build)
+    data_cache.built_once(place, size, build)
+    return place / "instances.json"
 
 
 def write_file(path: Path, num_images: int, num_boxes: int, outlines: bool) -> None:

@@ -1,0 +1,159 @@
+"""What rank 0 writes fails on every process or on none: python -m pytest tests/test_run.py."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import checkpoint
+import coco_json
+import run
+import train as train_script
+import utils
+from utils import UserError
+
+
+class _Run(run.Run):
+    """A run between two steps, with no more than writing needs."""
+
+    def __init__(self, folder: Path, processes: utils.Processes) -> None:
+        self.folder, self.processes, self.tensorboard = folder, processes, None
+        self.settings = {"max_steps": None, "epochs": 3, "keep_checkpoints": None}
+        self.settings |= {"opt": "sgd", "momentum": 0.9}
+        self.state: Any = SimpleNamespace(
+            epoch=1, step=3, position=0, best=None, model_to_evaluate=torch.nn.Linear(1, 1)
+        )
+        finished = (True, {"AP": 0.5})
+        self.evaluation: Any = SimpleNamespace(
+            run=lambda model, place: finished, should_stop=SimpleNamespace(received="SIGTERM")
+        )
+        self.evaluated = set()
+        self.progress: Any = SimpleNamespace(close=lambda: None)
+
+
+def _block(path: Path) -> None:
+    """Let no file be written to `path`, not even by root."""
+    path.mkdir()
+    (path / "file").touch()
+
+
+def _write_everything(rank: int, world_size: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with utils.processes("cpu") as processes:
+        seen = {}
+        actions = {
+            "metrics": ("metrics.jsonl", lambda r: r._record({"loss": 1.0})),
+            "best": ("best.pth", lambda r: r.evaluate()),
+            "marker": ("preempted", lambda r: r.finish()),
+        }
+        for name, (blocked, act) in actions.items():
+            place = folder / name
+            if processes.is_main:
+                place.mkdir()
+                checkpoint.save({"step": 3}, place / checkpoint.NEWEST)
+                _block(place / blocked)
+            processes.barrier()
+            try:
+                act(_Run(place, processes))
+                seen[name] = "nothing"
+            except UserError as error:
+                seen[name] = str(error)
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+
+
+def test_a_write_that_fails_on_rank_0_raises_the_same_error_on_all(tmp_path: Path) -> None:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    mp.spawn(_write_everything, (2, port, tmp_path), 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for name, blocked in (
+        ("metrics", "metrics.jsonl"),
+        ("best", "best.pth"),
+        ("marker", "preempted"),
+    ):
+        assert first[name].startswith(f"cannot write {tmp_path / name / blocked}")
+        assert not list((tmp_path / name).glob("*.tmp"))
+
+
+def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = _Run(tmp_path, utils.Processes(torch.device("cpu")))
+    model = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    one.state.model, one.state.ema = model, None
+    model(torch.zeros(1, 1000)).sum().backward()
+    size = run._checkpoint_bytes(one.state, one.settings)
+    optimizer.step()
+    content = {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint.save(content, tmp_path / checkpoint.NEWEST)
+    assert size == pytest.approx((tmp_path / checkpoint.NEWEST).stat().st_size, rel=0.01)
+
+    def free(gigabytes: float) -> None:
+        usage = SimpleNamespace(free=int(gigabytes * 1e9))
+        monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
+
+    free(1)  # 3 epochs and 3 others of 8 MB
+    text, warnings = one._disk_use(steps_per_epoch=5)
+    assert text.startswith("3 model_EPOCH.pth and 3 more") and "0.048 GB; 1 GB free" in text
+    assert warnings == []
+    free(0.045)  # 56 MB at most, less the 8 MB that are there
+    (warning,) = one._disk_use(5)[1]
+    assert "--keep-checkpoints" in warning and str(tmp_path) in warning
+    one.settings["keep_checkpoints"] = 1
+    text, warnings = one._disk_use(5)
+    assert text.startswith("1 model_EPOCH.pth") and warnings == []
+    one.settings |= {"keep_checkpoints": None, "max_steps": 9}
+    assert one._disk_use(5)[0].startswith("1 model_EPOCH.pth")
+
+
+def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_path: Path) -> None:
+    checkpoint.save({"step": 3}, tmp_path / checkpoint.NEWEST)
+    before = (tmp_path / checkpoint.NEWEST).read_bytes()
+    processes = utils.Processes(torch.device("cpu"))
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match="holds a run"):
+        run.open_folder(tmp_path, None, False, processes, stack)
+    assert (tmp_path / checkpoint.NEWEST).read_bytes() == before
+    with contextlib.ExitStack() as stack:
+        found = run.open_folder(tmp_path, "auto", False, processes, stack)
+    assert found == tmp_path / checkpoint.NEWEST
+
+
+def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
+    def read(number: int) -> coco_json.Annotations:
+        document = {
+            "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],
+            "annotations": [
+                {"id": i, "image_id": 5, "category_id": 1, "bbox": [1, 1, 3, 3], "iscrowd": 0}
+                for i in range(1, number + 1)
+            ],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(document))
+        return coco_json.read_annotations(path)[0]
+
+    old, new = read(4), read(3)
+    summaries = {"data": old.summary(), "val_data": old.summary()}
+    saved = {"data": old.fingerprint(), "val_data": old.fingerprint()}
+    for remembered, told in (
+        (summaries, "training data: boxes 4 → 3, boxes by class: cat 4 → 3, the first difference"),
+        ({}, "training data: changed (this checkpoint does not remember"),
+    ):
+        explained = train_script.data_changes(remembered, new, new)
+        now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
+        with pytest.raises(UserError) as error:
+            checkpoint.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
+        assert told in str(error.value) and "another --output-dir" in str(error.value)
+        assert not re.search("[0-9a-f]{20}", str(error.value))
