@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 import coco_json
 from coco_json import Annotations, Finding, read_annotations
-from utils import UserError, derive_seed
+from utils import UserError, derive_seed, printable
 
 __all__ = [
     "Annotations",
@@ -177,8 +177,9 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
             return read_image(path, self.root, tuple(self.annotations.sizes[number].tolist()))
         except ImageError as error:
             raise ImageError(
-                f"image id {self.annotations.image_ids[number]}, {path}: {error}; correct it or "
-                "take it out of the annotations (python -m tools.check_data finds all such images)",
+                f"image id {self.annotations.image_ids[number]}, {printable(str(path))}: {error}; "
+                "correct it or take it out of the annotations (python -m tools.check_data finds all "
+                "such images)",
                 error.rule,
             ) from None
 
