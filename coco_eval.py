@@ -251,9 +251,8 @@ def class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
         shown = [*best, {}, *rest[-(limit - limit // 2 - 1) :]]
         left_out = len(per_class) - len(shown) + 1
         without = len(per_class) - len(with_boxes)
-        middle = (
-            f"… {left_out} more classes" + (f", {without} without boxes" * bool(without)) + " …"
-        )
+        of_these = f", {without} without boxes" if without else ""
+        middle = f"… {left_out} more classes{of_these} …"
     names = [printable(row.get("name", ""))[:24] for row in shown]
     width = max(map(len, ["class", *names]))
     numbers = ("AP", "AP50", "AP75", "AR")

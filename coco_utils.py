@@ -178,8 +178,8 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         except ImageError as error:
             raise ImageError(
                 f"image id {self.annotations.image_ids[number]}, {printable(str(path))}: {error}; "
-                "correct it or take it out of the annotations (python -m tools.check_data finds all "
-                "such images)",
+                "correct it or take it out of the annotations (python -m tools.check_data finds "
+                "all such images)",
                 error.rule,
             ) from None
 

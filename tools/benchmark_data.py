@@ -7,6 +7,9 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark data")
+
 import bisect
 import contextlib
 import math

@@ -6,6 +6,9 @@ pycocotools, float images. Both sides flip at random; bare decoding reads the sa
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark loader")
+
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path

@@ -8,6 +8,9 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.check_data")
+
 import argparse
 import json
 import multiprocessing

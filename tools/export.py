@@ -10,6 +10,9 @@ file names its classes (metadata "categories", JSON). Needs the extra `export`.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.export")
+
 import argparse
 import json
 import warnings

@@ -8,6 +8,9 @@ Exits with 1 if an image could not be read; the others are done all the same.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.predict")
+
 import argparse
 import csv
 import glob
