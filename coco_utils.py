@@ -195,8 +195,9 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
         ImageError: if it leaves `root`, is of another format than `IMAGE_FORMATS`, is damaged, has
             16 bits per channel, or has another size than the annotations say.
     """
-    if not path.is_file():
-        raise ImageError("is missing", "image files missing")
+    if not path.is_file():  # a folder, or a pipe, which would keep its reader waiting
+        reason = "is not a regular file" if path.exists() else "is missing"
+        raise ImageError(reason, "image files missing")
     if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), "")):
         raise ImageError("lies outside", "image files outside of the image folder")
     try:

@@ -33,6 +33,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import coco_utils
 import data_cache
 import presets
+import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from model import BatchTransform
 from tools import measuring
@@ -319,6 +320,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         **order,
         num_workers=workers,
         collate_fn=len,
+        worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=True,
         multiprocessing_context="fork",
     )

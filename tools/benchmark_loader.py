@@ -27,6 +27,7 @@ import data_cache
 import presets
 import shapes
 import train
+import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from tools import measuring
 from tools.measuring import Row
@@ -152,6 +153,7 @@ def _torchvision(path: Path, images: Path, image_ids: np.ndarray, workers: int) 
         shuffle=True,
         num_workers=workers,
         collate_fn=_transposed,
+        worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=workers > 0,  # theirs start anew each epoch: not what is measured here
         multiprocessing_context="fork" if workers else None,
     )

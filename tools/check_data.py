@@ -37,6 +37,7 @@ import coco_utils
 import data_cache
 import formats
 import train
+import utils
 from coco_json import Annotations, Finding
 from utils import UserError, run_command
 
@@ -112,6 +113,7 @@ _complaints: IO[bytes]
 def _start_worker(annotations: Annotations, root: Path) -> None:
     """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
     global _annotations, _root, _complaints
+    utils.die_with_parent()
     _annotations, _root = annotations, root
     _complaints = tempfile.TemporaryFile(buffering=0)
     os.dup2(_complaints.fileno(), 2)
@@ -236,7 +238,7 @@ def _class_lines(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         cells = [
             _count(c.get(name, 0), d["boxes"]) for c, d in zip(counts, data.values(), strict=True)
         ]
-        yield _row(f"  {name}", cells)
+        yield _row(f"  {utils.printable(name)}", cells)
 
 
 def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
@@ -248,7 +250,7 @@ def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
     for name, finding in sorted(found, key=lambda pair: pair[1].severity):
         yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
         for case in finding.cases:
-            yield f"{'':20}{case}"
+            yield f"{'':20}{utils.printable(case)}"
         if finding.count > len(finding.cases):
             yield f"{'':20}and {finding.count - len(finding.cases):,} more"
         yield f"{'':20}→ {finding.fix}"
