@@ -348,7 +348,7 @@ def _read(path: Path) -> mmap.mmap:
         UserError: if the file cannot be read, or becomes shorter meanwhile.
     """
     with file_errors("read", path), path.open("rb") as file:
-        data = mmap.mmap(-1, os.fstat(file.fileno()).st_size)
+        data = mmap.mmap(-1, max(1, os.fstat(file.fileno()).st_size))
         done = 0
         while count := file.readinto(memoryview(data)[done:]):
             done += count
