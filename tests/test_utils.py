@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "retinanet": {"box_subnet"},
     "folding": set(),
     "model": {"utils", "retinanet", "folding"},
-    "engine": {"utils", "coco_eval"},
+    "engine": {"utils", "coco_eval", "model"},
     "progress": {"utils"},
     "run": {"checkpoint", "coco_eval", "coco_json", "coco_utils", "engine", "model"}
     | {"progress", "utils"},
