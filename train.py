@@ -288,6 +288,7 @@ def read_splits(paths: dict[str, Path], splits: Sequence[str]) -> list[coco_util
             continue
         try:
             packed, findings = data_cache.examine(annotations)
+            findings = formats.kept_findings(annotations) + findings
             if packed is not None:
                 findings += coco_utils.missing_images(packed, images)
             coco_json.require_no_errors(annotations, findings)
