@@ -48,7 +48,7 @@ _ERRORS = {
     "label files that cannot be read": "write them again, in UTF-8",
     "label lines that cannot be read": "write: class x y w h",
     "label lines of an unknown class": "classes count from 0, in the order of names",
-    "boxes that are not shares of their image": "pixels? divide x, w by its width, y, h by its height",
+    "boxes that are not shares of their image": "pixels? divide them by its width and height",
 }
 _WARNINGS = {
     "images that a list names twice": "used once",
@@ -361,7 +361,7 @@ def _find_voc(root: Path) -> Layout:
     else:
         splits = {"all": _voc_folder(root)}
     for name, split in splits.items():
-        if not split.labels:
+        if not split.labels and not split.found.cases:
             where = split.root if name != "all" else root
             raise UserError(
                 f"--data-path {root}: no XML files in {where}; give a folder with "

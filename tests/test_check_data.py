@@ -21,6 +21,7 @@ from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
 import coco_json
 import coco_utils
+import formats
 from tools import check_data, data_plots
 from utils import UserError
 
