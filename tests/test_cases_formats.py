@@ -1058,10 +1058,17 @@ def test_frames_of_one_video_stay_together(tmp_path: Path) -> None:
         convert.split_samples(samples, 0.3, 0, "video")
 
 
-def test_two_lines_lead_from_such_a_folder_to_training(tmp_path: Path) -> None:
-    root = voc(tmp_path / "data")
-    REFUSED["v09_kaggle_flat"][0](root)
-    run_script("-m", "tools.convert", "voc", root, tmp_path / "mydata")
+@pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
+def test_two_lines_lead_from_each_layout_to_training(layout: str, tmp_path: Path) -> None:
+    if layout == "voc":
+        root = voc(tmp_path / "data")
+        REFUSED["v09_kaggle_flat"][0](root)
+    else:
+        root = yolo(tmp_path / "data")
+    if layout == "coco":
+        run_script("-m", "tools.convert", "yolo", root, tmp_path / "made")
+        root = tmp_path / "made"
+    run_script("-m", "tools.convert", layout, root, tmp_path / "mydata")
     data = ("--data-path", tmp_path / "mydata", "--output-dir", tmp_path / "run")
     done = run_script("train.py", *TINY, *data, "--epochs", "1")
     assert "Average Precision" in done.stdout + done.stderr
