@@ -264,9 +264,22 @@ def _key(about: Layout) -> str:
     return content.hexdigest()
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted, also those in folders that are links."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(place, name) for name in names]
+    return sorted(path for path in files if path.is_file())
+
+
 def images_below(folder: Path, found: Found | None = None) -> list[Path]:
     """Return all images below a folder; `found` gets those of a format that is not read."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = _files_below(folder)
     for path in files:
         if found is not None and path.suffix.lower() in _OTHER_SUFFIXES:
             found.add("image files of another format", path)
@@ -397,7 +410,8 @@ def _voc_list(root: Path, folders: dict[str, Path], path: Path) -> Split:
 def _voc_folder(folder: Path) -> Split:
     """Take all images and XML files below a folder."""
     found = Found(folder.parent)
-    return Split(folder, images_below(folder, found), sorted(folder.rglob("*.xml")), found)
+    labels = [path for path in _files_below(folder) if path.suffix.lower() == ".xml"]
+    return Split(folder, images_below(folder, found), labels, found)
 
 
 def _read_voc(split: Split) -> list[Sample]:
@@ -785,10 +799,10 @@ def _pair_yolo(images: Sequence[Path], given: str, found: Found) -> Split:
             found.add("images that share a label file", image)
     listed = {path for folder in folders if folder.is_dir() for path in folder.glob("*.txt")}
     if images and not listed & set(labels):
-        more = f" and {len(folders) - 1} more folders" if len(folders) > 1 else ""
+        more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
         raise UserError(
-            f"{given}: no label file for any of {len(images)} images; looked in {folders[0]}{more}:"
-            " the last /images/ of an image's path becomes /labels/"
+            f"{given}: no label file for any of {len(images)} images; looked in {folders[0]}{more} "
+            "(the last /images/ of a path becomes /labels/)"
         )
     for image, label in zip(images, labels, strict=True):
         if label not in listed:

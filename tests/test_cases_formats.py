@@ -424,6 +424,18 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         {"label files without an image": 1},
     ),
     "y26_images_symlink": (images_linked, ("red", "blue"), {}),
+    "a folder of images is a link": (
+        both(
+            rename("images/train", "images/train", "store"),
+            lambda root: (root / "images" / "train").symlink_to(root / "store"),
+            lambda root: (root / "store" / "loop").symlink_to(root / "store"),
+            rename("images/val", "images/val", "valid/images/val"),
+            rename("labels/val", "labels/val", "valid/labels/val"),
+            yaml_of("[red, blue]", "train: images\nval: valid/images/val\n"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
     "y29_split_first": (
         both(split_first, yaml_of("[red, blue]", "train: train\nval: val\n")),
         ("red", "blue"),
