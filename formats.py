@@ -352,7 +352,8 @@ def _find_voc(root: Path) -> Layout:
             ),
             None,
         )
-        chosen = dict(zip(SPLITS, pair, strict=True)) if pair else {"all": min(lists)}
+        widest = next(name for name in ("trainval", "train", "val", "test") if name in lists)
+        chosen = dict(zip(SPLITS, pair, strict=True)) if pair else {"all": widest}
         splits = {name: _voc_list(root, folders, lists[given]) for name, given in chosen.items()}
         if pair and pair != SPLITS:
             case = f"{pair[0]} for train, {pair[1]} for val"
