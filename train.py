@@ -522,6 +522,7 @@ def read_splits(
             continue
         try:
             packed, findings = data_cache.examine(annotations)
+            findings = formats.kept_findings(annotations) + findings
             if packed is not None:
                 findings += coco_utils.missing_images(packed, images)
             if packed is not None and allow_unannotated and not packed.is_annotated:

@@ -21,6 +21,7 @@ from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
 import coco_json
 import coco_utils
+import formats
 from tools import check_data, data_plots
 from utils import UserError
 
@@ -64,6 +65,10 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     files["lost.jpg"] = restarts[:place] + b"\x55" * 20 + restarts[place:]
     files["alpha.png"] = encoded(with_alpha(PICTURE), format="PNG")
     files["alpha.webp"] = encoded(with_alpha(PICTURE), format="WEBP")
+    files["slow.gif"] = encoded(PICTURE, format="GIF")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    files["upside_down.jpg"] = encoded(PICTURE, format="JPEG", exif=exif)
     files["missing.jpg"] = files["link.jpg"] = JPEG
     root = make_folder(tmp_path / "data", files)
     (root / "train2017" / "missing.jpg").unlink()
@@ -79,16 +84,23 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     expected["image files with stray bytes"] = ["stray.jpg"]
     expected["image files with an alpha channel"] = ["alpha.png", "alpha.webp"]
     expected["image files missing"] = ["missing.jpg"]
-    expected["image files outside of the image folder"] = ["link.jpg"]
+    expected["image files in a slow format"] = ["slow.gif"]
+    expected["image files turned by EXIF, which their size cannot confirm"] = ["upside_down.jpg"]
     assert set(found) == set(expected)
     for rule, cases in expected.items():
         assert found[rule].count == len(cases), rule
         for case, text in zip(cases, found[rule].cases, strict=False):
             assert text.startswith(f"{100 + names.index(case)} {case!r}"), rule
     warned = {rule for rule, finding in found.items() if finding.severity == "warning"}
-    assert warned == {"image files with stray bytes", "image files with an alpha channel"}
+    assert warned == {
+        *("image files with stray bytes", "image files with an alpha channel"),
+        *("image files in a slow format",),
+        *("image files turned by EXIF, which their size cannot confirm",),
+    }
     rules = {rule for rule in coco_json.RULES if "image files" in rule}
-    assert rules - set(found) == {"image files that cannot be read"}  # in test_coco_utils
+    assert rules - set(found) == {  # in test_coco_utils
+        *("image files that cannot be read", "image files outside of the image folder"),
+    }
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
@@ -212,4 +224,4 @@ def test_the_documentation_lists_every_rule_as_it_is() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     rules = {row[0]: (row[1], row[2]) for row in rows if row[1] in ("error", "warning")}
-    assert rules == coco_json.RULES
+    assert rules == coco_json.RULES | formats.RULES

@@ -1,7 +1,7 @@
 """Check a data set by every rule, opening every image, and describe it.
 
     python -m tools.check_data --data-path /coco --plot data.png
-    python -m tools.check_data --dataset voc --data-path VOC2012 --coco-output voc_as_coco
+    python -m tools.check_data --dataset voc --data-path VOC2012
 
 Exits with 1 if there are errors. The rules are in docs/data.md.
 """
@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
@@ -65,6 +64,9 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
         findings = findings + check_images(packed, images, workers, f"{name} images")
+    rules = {finding.what for finding in findings}
+    kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
+    findings = kept + findings
     return Split(name, images, annotations, packed, findings)
 
 
@@ -133,8 +135,14 @@ def _check_image(number: int) -> list[tuple[str, str]]:
             else "image files that are damaged"
         )
         problems.append((rule, line))
-    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
-        if header.has_transparency_data:
+    header = coco_utils.read_header(path)
+    if header.is_slow:
+        problems.append(("image files in a slow format", ""))
+    if header.is_ambiguous:
+        rule = "image files turned by EXIF, which their size cannot confirm"
+        problems.append((rule, f"orientation {header.orientation}"))
+    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as image:
+        if image.has_transparency_data:
             problems.append(("image files with an alpha channel", ""))
     return problems
 
@@ -266,7 +274,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-size", type=int, default=800, help="shorter side in training, pixels"
     )
     parser.add_argument("--max-size", type=int, default=1333, help="longer side at most, pixels")
-    parser.add_argument("--coco-output", type=Path, metavar="FOLDER", help="keep COCO JSON files")
     return parser
 
 
@@ -307,11 +314,6 @@ def main(argv: list[str] | None = None) -> int:
 
         data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
         print(f"drawn: {flags.plot}", file=sys.stderr)
-    if flags.coco_output:
-        flags.coco_output.mkdir(parents=True, exist_ok=True)
-        for split in splits:
-            shutil.copy(split.path, flags.coco_output / f"{split.name}.json")
-        print(f"COCO JSON files are in {flags.coco_output}", file=sys.stderr)
     return 1 if num_errors else 0
 
 
