@@ -595,7 +595,8 @@ def check_boxes(annotations: Annotations) -> list[Finding]:
         is_out = boxes[:, :2] + boxes[:, 2:] > limit + MIN_SIDE  # [N, 2]
         is_cut = ((boxes[:, :2] < -MIN_SIDE) | is_out).any(axis=1) & ~is_lost & ~is_flat
         is_share = ((boxes >= 0) & (boxes <= 1)).all(axis=1) & ~is_flat
-        if is_share.sum() * 2 <= (~is_flat).sum() or (boxes[is_share] % 1 == 0).all():
+        most = is_share.sum() >= FEW_BOXES and is_share.sum() * 2 > (~is_flat).sum()
+        if not most or (boxes[is_share] % 1 == 0).all():
             is_share[:] = False
 
     def box(row: int) -> str:

@@ -283,15 +283,16 @@ def locate_images(annotations: Annotations, root: Path) -> tuple[Annotations, li
         The annotations with the names of the files and all sizes, and what was found.
     """
     listed = _Listing(root)
+    folders = listed.folders
     offsets, text = annotations.name_offsets.tolist(), annotations.names.tobytes()
     changed: dict[int, bytes] = {}
     cases: dict[str, list[int]] = {rule: [] for rule in _SPELLINGS}
     missing = []
     for number, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
         folder, _, last = text[start:end].rpartition(b"/")
-        if folder not in listed.folders:
+        if folder not in folders:
             listed.files(folder)
-        if last in listed.folders[folder]:
+        if last in folders[folder]:
             continue
         spelling = _find_spelling(text[start:end], root, listed)
         if spelling is None:
@@ -447,7 +448,7 @@ def _find_sizes(
 def _read_size(path: Path) -> tuple[int, int, bool]:
     """Return (H, W) from an image's header, and whether EXIF swaps them for viewers."""
     with Image.open(path, formats=IMAGE_FORMATS) as header:
-        return header.height, header.width, header.getexif().get(0x0112) in _FLIPS
+        return header.height, header.width, header.getexif().get(0x0112) in (5, 6, 7, 8)
 
 
 def overlap_findings(
@@ -465,27 +466,24 @@ def overlap_findings(
 
 def boxes_findings(annotations: Annotations, for_training: bool) -> list[Finding]:
     """Say why there is no box to train on (or to evaluate with), if there is none."""
-    width, height = annotations.boxes_xywh[:, 2:].T
-    crowd, total = annotations.iscrowd, len(annotations.ids)
-    is_thin = ~((width > 1) & (height > 1))
-    if not for_training:
-        what = "no box to evaluate with"
-        return coco_json.finding(what, [] if (~crowd).any() else [_reason(total, crowd, is_thin)])
-    # Of the images that training keeps, one must have a box that is trained on.
-    kept = np.isin(annotations.image_of_annotation(), images_with_objects(annotations))
+    is_box = ~annotations.iscrowd
+    if not for_training and is_box.any():
+        return []
+    is_thin = is_box & ~(annotations.boxes_xywh[:, 2:] > 1).all(axis=1)
     limit = annotations.sizes[annotations.image_of_annotation(), ::-1].astype(np.float32)
     boxes = coco_json.clip(coco_json.to_xyxy(annotations.boxes_xywh), limit)
-    if (kept & ~crowd & coco_json.has_extent(boxes)).any():
+    is_outside = is_box & ~is_thin & ~coco_json.has_extent(boxes)
+    if for_training and (is_box & ~is_thin & ~is_outside).any():
         return []
-    return coco_json.finding("no box to train on", [_reason(total, crowd, is_thin)])
-
-
-def _reason(total: int, crowd: np.ndarray, is_thin: np.ndarray) -> str:
-    if total == 0:
-        return "there are no annotations"
-    thin = f"{int((is_thin & ~crowd).sum()):,} not wider and higher than 1 px"
-    thin += " (are they shares of the image?)" if (is_thin & ~crowd).any() else ""
-    return f"of {total:,} boxes {int(crowd.sum()):,} are crowds, {thin}"
+    counts = {
+        "crowds": annotations.iscrowd,
+        "outside of their image": is_outside,
+        "thinner than a pixel (are they shares of the image?)": is_thin,
+    }
+    reasons = [f"{cases.sum():,} {what}" for what, cases in counts.items() if cases.any()]
+    reason = f"of {len(is_box):,} boxes are {', '.join(reasons)}" if reasons else "no annotations"
+    what = "no box to train on" if for_training else "no box to evaluate with"
+    return coco_json.finding(what, [reason])
 
 
 def require_boxes(annotations: Annotations) -> None:

@@ -181,7 +181,7 @@ def test_nothing_is_unpickled(json_file: Path, tmp_path: Path, monkeypatch: Any)
 def test_files_with_errors_are_read_once_and_not_kept(
     tmp_path: Path, json_file: Path, reads: list[Path]
 ) -> None:
-    write(tmp_path, changed("annotations", 1, "image_id", to=11)())
+    write(tmp_path, changed("annotations", 1, "category_id", to=11)())
     annotations, findings = data_cache.examine(json_file)
     assert annotations is not None and [f.severity for f in findings] == ["error"]
     assert len(reads) == 1
