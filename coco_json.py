@@ -378,6 +378,8 @@ def _leave_out_doubles(
     Where no category of a name has boxes, the one with the highest id stays.
     """
     ids, names = categories["id"], categories["name"]
+    if len(_repeated(names)) == 0:
+        return []
     is_used = np.isin(ids, rows["category_id"])
     is_double = np.zeros(len(ids), bool)
     for name in _repeated(names):
@@ -622,6 +624,8 @@ def _corner_statistics(boxes: np.ndarray, limit: np.ndarray) -> list[str]:
     if len(boxes) < FEW_BOXES:
         return []
     first, last = boxes[:, :2], boxes[:, 2:]
+    if (last[:, 0] > first[:, 0]).mean() < 0.98:  # so for most sets, and quickly seen
+        return []
     fits = ((first >= 0) & (last > first) & (last <= limit + 1)).all(axis=1)
     leaves = (first + last > limit + 1).any(axis=1)
     if fits.mean() < 0.98:
@@ -725,9 +729,10 @@ def _parse(data: bytes) -> tuple[Any, list[Finding]]:
     except UnicodeDecodeError as error:
         return None, finding("annotation file that is not UTF-8", [f"byte {error.start}"])
     except json.JSONDecodeError as error:
-        place = f"{error.msg} at byte {len(text[: error.pos].encode())} (line {error.lineno})"
-        if error.msg == "Extra data":
-            place = place.replace("Extra data", "a second value, as in JSON Lines,")
+        problem, start = error.msg.removesuffix(" at"), len(text[: error.pos].encode())
+        if problem == "Extra data":
+            problem = "a second value, as in JSON Lines,"
+        place = f"{problem} at byte {start} (line {error.lineno})"
         return None, finding("annotation file that is not JSON, or cut short", [place])
     except (ValueError, RecursionError) as error:
         return None, finding("annotation file that is not JSON, or cut short", [error])

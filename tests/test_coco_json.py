@@ -267,7 +267,7 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "shares of the image": (
         each("annotations", lambda row: row | {"bbox": [0.25, 0.5, 0.5, 0.125]}),
         "boxes that look like shares of the image",
-        " (4): 7 [0.25, 0.5, 0.5, 0.125]",
+        " (4): 5 [0.25, 0.5, 0.5, 0.125], 6 [",
     ),
     "unknown category": (
         changed(*BOX, "category_id", to=3),
