@@ -118,7 +118,7 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "cut short": (
         text(lambda t: t[:200]),
         "annotation file that is not JSON, or cut",
-        "at byte 19",
+        "starting at byte 200 (line 1)",
     ),
     "a comma too many": (text(lambda t: t.replace("]}", "],}")), "is not JSON, or cut", "at byte"),
     "nested too deeply": (
