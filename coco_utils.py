@@ -480,8 +480,9 @@ def boxes_findings(annotations: Annotations, for_training: bool) -> list[Finding
         "outside of their image": is_outside,
         "thinner than a pixel (are they shares of the image?)": is_thin,
     }
-    reasons = [f"{cases.sum():,} {what}" for what, cases in counts.items() if cases.any()]
-    reason = f"of {len(is_box):,} boxes are {', '.join(reasons)}" if reasons else "no annotations"
+    reasons = [f"{cases.sum():,} are {what}" for what, cases in counts.items() if cases.any()]
+    of_all = f" of {len(is_box):,} boxes are "
+    reason = ", ".join(reasons).replace(" are ", of_all, 1) if reasons else "no annotations"
     what = "no box to train on" if for_training else "no box to evaluate with"
     return coco_json.finding(what, [reason])
 

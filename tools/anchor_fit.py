@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {name: values[name] for name in train.PATH_FLAGS}
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = train.read_splits(paths, ["train"])
-    coco_utils.require_boxes(annotations)
+    for none in coco_utils.boxes_findings(annotations, for_training=True):
+        raise UserError(f"{annotations.path} has no boxes to fit anchors to: {none.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
     model_flags = {name: values[name] for name in train.MODEL_FLAGS}
     model: Any = build_model(flags.model, label_map, load=False, **model_flags)
