@@ -33,7 +33,7 @@ def make_folder(root: Path, files: dict[str, bytes], document: Any = None) -> Pa
             {"id": i, "file_name": name, "width": 64, "height": 40}
             for i, name in enumerate(files, start=100)
         ]
-        boxes = [annotation(1, 100, 1, [1, 1, 9, 9]), annotation(2, 100, 2, [1, 1, 9, 9])]
+        boxes = [annotation(1, 100, 1, [1, 2, 12, 9]), annotation(2, 100, 2, [20, 3, 9, 14])]
         document = valid() | {"images": images, "annotations": boxes}
     (root / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
@@ -98,20 +98,22 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
         *("image files turned by EXIF, which their size cannot confirm",),
     }
     rules = {rule for rule in coco_json.RULES if "image files" in rule}
-    assert rules - set(found) == {  # in test_coco_utils
-        *("image files that cannot be read", "image files outside of the image folder"),
+    # Those are in test_coco_utils.
+    assert rules - set(found) == {
+        "image files that cannot be read",
+        "image files outside of the image folder",
     }
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
     document = valid()
-    document["annotations"][0]["image_id"] = 11
+    document["annotations"][0]["category_id"] = 11
     document["images"][1]["file_name"] = "../../etc/passwd"
     cut = encoded(PICTURE.resize((100, 80)), format="JPEG")[:-9]
     files = {"a.jpg": cut, "ü.png": b""}
     found = findings(make_folder(tmp_path / "data", files, document))
     assert {
-        *("annotations of an unknown image_id", "file_name not below the image folder", DAMAGED),
+        *("annotations of an unknown category_id", "file_name not below the image folder", DAMAGED),
         "image files that are empty",
     } <= set(found)
 
@@ -157,7 +159,8 @@ def test_json_is_for_machines_and_errors_exit_1(tmp_path: Path) -> None:
     assert report["errors"] == 2  # one kind in each split
     train = report["splits"]["train"]
     assert train["findings"][0] | {"cases": []} == {
-        **{"severity": "error", "what": DAMAGED, "count": 1, "fix": "copy them again"},
+        **{"severity": "error", "what": DAMAGED, "count": 1},
+        "fix": "copy them again, or take them out",
         "cases": [],
     }
     assert train["findings"][0]["cases"][0].startswith("100 'a.jpg' is damaged")
@@ -173,7 +176,7 @@ def test_table_lists_findings_with_count_and_fix(tmp_path: Path) -> None:
     lines = [line.strip() for line in done.stdout.splitlines()]
     start = lines.index(f"ERROR{12:>11}  train: image files that are empty")
     assert lines[start + 1] == "100 '0.jpg' is empty"
-    assert lines[start + 11 : start + 13] == ["and 2 more", "→ copy them again"]
+    assert lines[start + 11 : start + 13] == ["and 2 more", "→ copy them again, or take them out"]
 
 
 def test_splits_with_different_classes_are_an_error(tmp_path: Path) -> None:

@@ -199,17 +199,18 @@ def outside(folder: Path) -> Path:
     return folder / "images"
 
 
-@pytest.mark.parametrize("name", ["../secret.jpg", "/absolute"])
+@pytest.mark.parametrize("name", ["../secret.jpg", "x/../../secret.jpg", "/absolute"])
 def test_path_that_leaves_the_folder_by_its_name_is_refused(name: str, tmp_path: Path) -> None:
     root = outside(tmp_path)
+    (root / "x").mkdir()
     path = tmp_path / "secret.jpg" if name == "/absolute" else root / name
     with pytest.raises(coco_utils.ImageError, match="lies outside"):
         coco_utils.read_image(path, root, (40, 64))
 
 
-def test_links_are_followed(tmp_path: Path) -> None:
+def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
     root = outside(tmp_path)
-    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")  # as a Hugging Face cache has them
     (root / "folder").symlink_to(tmp_path)
     (tmp_path / "elsewhere").symlink_to(root)  # the folder itself may be a link
     linked = tmp_path / "elsewhere"
@@ -257,7 +258,8 @@ def test_missing_images_are_found_by_listing(tmp_path: Path) -> None:
     annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
     (tmp_path / "ü.png").touch()
     (tmp_path / "a.jpg").mkdir()  # a folder is no image
-    (found,) = coco_utils.missing_images(annotations, tmp_path)
+    located, (found,) = coco_utils.locate_images(annotations, tmp_path)
+    assert located is annotations
     assert found.cases == (f"10 {tmp_path}/a.jpg", f"20 {tmp_path}/sub/b c.jpg")
     assert (found.severity, found.what) == ("error", "image files missing")
 
@@ -289,7 +291,7 @@ def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"only the former has \['dog'\], only the latter \['cow'\]"
     ):
-        coco_utils.require_same_classes(label_map, annotations, "the checkpoint")
+        coco_utils.match_classes(label_map, annotations, "the checkpoint")
 
 
 def data_set(folder: Path, document: Document, **options: Any) -> coco_utils.CocoDetection:
@@ -311,7 +313,7 @@ def test_target_is_clipped_and_without_crowds(tmp_path: Path) -> None:
     ]
     image, target = data_set(tmp_path, document)[0, 0]
     assert image.shape == (3, 80, 100) and image.dtype == torch.uint8
-    assert target["boxes"].tolist() == [[10, 10, 30.25, 40], [0, 70, 15, 80]]
+    assert target["boxes"].tolist() == [[15, 10, 35.25, 40], [0, 70, 15, 80]]
     assert target["labels"].tolist() == [2, 1]
     assert target["image_id"].item() == 10 and target["image_id"].dtype == torch.int64
 

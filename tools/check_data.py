@@ -63,7 +63,11 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         raise UserError(f"the image folder {images} does not exist; check --data-path")
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
-        findings = findings + check_images(packed, images, workers, f"{name} images")
+        packed, found = coco_utils.locate_images(packed, images)
+        opened = check_images(packed, images, workers, f"{name} images")
+        kinds = {finding.what for finding in opened}
+        findings = findings + [f for f in found if f.what not in kinds] + opened
+        findings += coco_utils.boxes_findings(packed, for_training=name == "train")
     rules = {finding.what for finding in findings}
     kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
     findings = kept + findings
@@ -253,7 +257,7 @@ def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
     for name, finding in sorted(found, key=lambda pair: pair[1].severity):
         yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
         for case in finding.cases:
-            yield f"{'':20}{case}"
+            yield f"{'':20}{coco_json.one_line(case, coco_json.LINE - 20)}"
         if finding.count > len(finding.cases):
             yield f"{'':20}and {finding.count - len(finding.cases):,} more"
         yield f"{'':20}→ {finding.fix}"
@@ -290,9 +294,11 @@ def main(argv: list[str] | None = None) -> int:
     ]
     whole = [(split, split.annotations) for split in splits if split.annotations is not None]
     if len(whole) == 2:
-        names = [{name for _, name in annotations.categories} for _, annotations in whole]
-        whole[1][0].findings += coco_json.finding(
-            "splits that name different classes", sorted(names[0] ^ names[1]), repr
+        (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
+        label_map = coco_utils.label_categories(train_set.categories)
+        second.findings += coco_utils.class_findings(label_map, val_set)
+        second.findings += coco_utils.overlap_findings(
+            (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
     num_errors = sum(f.severity == "error" for split in splits for f in split.findings)

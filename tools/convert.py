@@ -71,14 +71,19 @@ def _coco_files(root: Path, split: str) -> list[Path]:
 
 def _coco_samples(annotations: coco_json.Annotations, root: Path, split: str) -> list[Sample]:
     places = [root / f"{split}2017", annotations.path.parent, root / split, root / "images", root]
-    folder = next((p for p in places if (p / annotations.file_name(0)).is_file()), None)
-    if folder is None:
+
+    def count_missing(place: Path) -> int:
+        _, found = coco_utils.locate_images(annotations, place)
+        return sum(f.count for f in found if f.what == "image files missing")
+
+    folder = min((place for place in places if place.is_dir()), key=count_missing)
+    if count_missing(folder) == len(annotations):
         raise UserError(
             f"{annotations.path}: {annotations.file_name(0)!r} is in none of "
             f"{', '.join(map(str, places))}; move the images to one of them"
         )
-    missing = [f for f in coco_utils.missing_images(annotations, folder) if f.severity == "error"]
-    coco_json.require_no_errors(annotations.path, missing)
+    annotations, found = coco_utils.locate_images(annotations, folder)
+    coco_json.require_no_errors(annotations.path, found)
     samples = []
     for number in range(len(annotations)):
         start, end = annotations.offsets[number : number + 2]
