@@ -475,7 +475,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "c18 no annotations list": (
         {"change": lambda d, split: {k: v for k, v in d.items() if k != "annotations"}},
-        ["list missing: $.annotations"],
+        ["no list of annotations: $.annotations"],
     ),
     "c20 absolute names": (
         {"change": rows("images", number("file_name", lambda n: f"/home/me/images/{n}"))},

@@ -105,7 +105,9 @@ def test_a_change_anywhere_in_a_large_file_is_noticed(json_file: Path) -> None:
         json_file.write_bytes(old)
         about = json_file.stat()
         before, _ = data_cache.examine(json_file)
-        json_file.write_bytes(old.replace(b"[10, 10, 20.25, 30]", b"[10, 10, 20.25, 31]"))
+        changed = old.replace(b"20.25", b"20.75")
+        assert changed != old
+        json_file.write_bytes(changed)
         os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))
         after, _ = data_cache.examine(json_file)
         assert before is not None and after is not None
