@@ -655,6 +655,10 @@ def evaluation_of(
     """Build this process's share of the evaluation; `settings` are fields of `Evaluation`."""
     if settings["val_loss"] and not data.annotations.is_annotated:
         raise UserError(f"--val-loss: {data.annotations.path} has no annotations; leave it out")
+    if eval_batch_size > len(data):
+        raise UserError(
+            f"--eval-batch-size {eval_batch_size} is more than the {len(data)} images to evaluate"
+        )
     padded = padded_sizes(model, data.sizes())
     batches = same_size_batches(padded, eval_batch_size)
     shard = [[(0, i) for i in batch] for batch in batches[processes.rank :: processes.world_size]]
