@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from utils import UserError
+from utils import UserError, file_errors, printable
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 2**30 / 4 / 3
 # A side below this many pixels may round to zero when the model resizes it, and log(0) is NaN.
@@ -351,7 +351,7 @@ class Finding:
 
 def one_line(text: str, length: int = LINE) -> str:
     """Return `text` as one line of printable characters, its middle cut if it is too long."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    text = printable(text)
     if len(text) <= length:
         return text
     end = (length - 1) * 2 // 3  # of a path the end tells more
@@ -412,8 +412,7 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         raise UserError(f"the annotation file {path} does not exist; check --data-path")
     if path.stat().st_size == 0:
         return None, finding("annotation file that is empty", [path.name])
-    with path.open("rb") as file:  # a private copy, of which only pages written to take room
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data = _read(path)
     bom: list[Finding] = []
     if data[:3] == codecs.BOM_UTF8:
         data[:3] = b"   "
@@ -435,6 +434,24 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         more = [other for other in more if other.what != "categories without boxes"]
         found += finding("no list of annotations", ["$.annotations"])
     return annotations, bom + found + more
+
+
+def _read(path: Path) -> mmap.mmap:
+    """Return a copy of a file, in memory that goes back to the system when it is no longer used.
+
+    The file itself is not mapped: if somebody cuts it meanwhile, the process would get SIGBUS.
+
+    Raises:
+        UserError: if the file cannot be read, or becomes shorter meanwhile.
+    """
+    with file_errors("read", path), path.open("rb") as file:
+        data = mmap.mmap(-1, max(1, os.fstat(file.fileno()).st_size))
+        done = 0
+        while count := file.readinto(memoryview(data)[done:]):
+            done += count
+    if done < len(data):
+        raise UserError(f"{path} became shorter while it was read; start again when it is complete")
+    return data
 
 
 def _check(

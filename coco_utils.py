@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 import coco_json
 from coco_json import Annotations, Finding, read_annotations
-from utils import UserError, derive_seed, logger
+from utils import UserError, derive_seed, logger, printable
 
 __all__ = [
     "Annotations",
@@ -216,8 +216,9 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
             return read_image(path, self.root, tuple(self.annotations.sizes[number].tolist()))
         except ImageError as error:
             raise ImageError(
-                f"image id {self.annotations.image_ids[number]}, {path}: {error}; correct it or "
-                "take it out of the annotations (python -m tools.check_data finds all such images)",
+                f"image id {self.annotations.image_ids[number]}, {printable(str(path))}: {error}; "
+                "correct it or take it out of the annotations (python -m tools.check_data finds "
+                "all such images)",
                 error.rule,
             ) from None
 
@@ -296,8 +297,9 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
         ImageError: if its name leaves `root` (links may), or the file is of another format than
             `IMAGE_FORMATS`, is damaged, has 16 bits per channel, or has another size than `size`.
     """
-    if not path.is_file():
-        raise ImageError("is missing", "image files missing")
+    if not path.is_file():  # a folder, or a pipe, which would keep its reader waiting
+        reason = "is not a regular file" if path.exists() else "is missing"
+        raise ImageError(reason, "image files missing")
     if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
         raise ImageError("lies outside", "image files outside of the image folder")
     try:

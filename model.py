@@ -39,7 +39,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import retinanet
 from folding import fold_frozen_batch_norm
-from utils import UserError
+from utils import UserError, printable
 
 logger = logging.getLogger("retinanet")
 
@@ -811,7 +811,7 @@ def _log_classes(
         ("skipped, as the data lacks the class", [n for n in of_weights if n not in of_data]),
     ):
         if names:
-            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            shown = ", ".join(map(printable, names[:10])) + (", …" if len(names) > 10 else "")
             logger.info("  class scores %s: %d (%s)", what, len(names), shown)
 
 

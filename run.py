@@ -302,7 +302,7 @@ class Run:
         count = sum(parameter.numel() for parameter in self.state.model.parameters())
         trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
         images = f"{len(data)} of {len(data.annotations)} images to train on"
-        classes = [category["name"] for category in data.label_map]
+        classes = [utils.printable(category["name"]) for category in data.label_map]
         names = ", ".join(classes)
         return {
             "data": f"{images}, {len(self.evaluation.data)} to evaluate",

@@ -226,7 +226,7 @@ def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
         "%(asctime)s %(message)s" if is_main else f"%(asctime)s [rank {launch_rank()}] %(message)s"
     )
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(layout, "%H:%M:%S"))
+        handler.setFormatter(PrintableFormatter(layout, "%H:%M:%S"))
     logger.handlers = handlers
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -263,12 +263,31 @@ def file_errors(verb: str, path: Path | str) -> Iterator[None]:
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from error
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return text from data, such as a class name, safe to print: control characters are escaped.
+
+    Terminals obey ANSI sequences, and a line break would forge a line of the log.
+
+    Args:
+        keep: characters that are left as they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record without control characters; line breaks stay, for tables."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as safe text."""
+        return printable(super().format(record), keep="\n\t")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Call the `main` of a command and exit with its status; print a `UserError` as one message."""
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}", keep="\n"))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -652,3 +653,28 @@ def test_a_summary_of_many_images_stays_small_and_finds_the_part(tmp_path: Path)
     images[7]["width"] = 8
     told = coco_json.differences("training data", old, read())
     assert told.endswith("within the 3 images that begin with image id 11")
+
+
+def test_a_file_that_is_cut_meanwhile_does_not_end_the_process(
+    tiny_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "instances.json"
+    whole = (tiny_shapes / "annotations" / "instances_val2017.json").read_bytes()
+    path.write_bytes(whole)
+    expected, _ = coco_json.read_annotations(path)
+    check = coco_json._require_utf8
+
+    def cut_before(data: Any) -> None:  # a file that is mapped ends the process with SIGBUS here
+        path.write_bytes(b"")
+        check(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(coco_json, "_require_utf8", cut_before)
+        annotations, _ = coco_json.read_annotations(path)
+    assert annotations.fingerprint() == expected.fingerprint()
+
+    path.write_bytes(whole)
+    before = os.stat_result([0] * 6 + [len(whole) + 9] + [0] * 3)  # of which nine bytes are gone
+    monkeypatch.setattr(os, "fstat", lambda file: before)
+    with pytest.raises(UserError, match="instances.json became shorter while it was read"):
+        coco_json.examine(path)

@@ -706,3 +706,26 @@ def test_shell_scripts_evaluate_nothing_and_pipe_nothing_from_the_network() -> N
     for path in SCRIPTS:
         text = re.sub(r"#.*", "", path.read_text())
         assert not re.search(r"(^|[;&|`(\s])(eval|sudo)\s|(curl|wget)[^\n]*\|", text), path
+
+
+def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert utils.printable("猫 é\x1b[31m\n\x7f\x9b\udcff") == r"猫 é\x1b[31m\n\x7f\x9b\udcff"
+    handlers = utils.logger.handlers, utils.logger.propagate, utils.logger.level
+    try:
+        utils.set_up_logging(True, tmp_path / "log.txt")
+        utils.logger.info("class %s\nnext line", "cat\x1b[2J\x9b")
+    finally:
+        for handler in utils.logger.handlers:
+            handler.close()
+        utils.logger.handlers, utils.logger.propagate = handlers[:2]
+        utils.logger.setLevel(handlers[2])
+    for text in ((tmp_path / "log.txt").read_text(), capsys.readouterr().out):
+        assert text.endswith("class cat\\x1b[2J\\x9b\nnext line\n")
+
+    def fails() -> None:
+        raise utils.UserError("cat\x1b[2J\n  second finding")
+
+    with pytest.raises(SystemExit, match=r"error: cat\\x1b\[2J\n  second finding"):
+        utils.run_command(fails)

@@ -10,6 +10,9 @@ boxes or the mean over classes, whichever is lower, as AP is a mean over classes
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.visualize anchor-fit")
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

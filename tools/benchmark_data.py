@@ -7,6 +7,9 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark data")
+
 import bisect
 import contextlib
 import math
@@ -30,6 +33,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import coco_utils
 import data_cache
 import presets
+import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from model import BatchTransform
 from tools import measuring
@@ -316,6 +320,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         **order,
         num_workers=workers,
         collate_fn=len,
+        worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=True,
         multiprocessing_context="fork",
     )

@@ -6,6 +6,9 @@ pycocotools, float images. Both sides flip at random; bare decoding reads the sa
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark loader")
+
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ import data_cache
 import presets
 import shapes
 import train
+import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from tools import measuring
 from tools.measuring import Row
@@ -149,6 +153,7 @@ def _torchvision(path: Path, images: Path, image_ids: np.ndarray, workers: int) 
         shuffle=True,
         num_workers=workers,
         collate_fn=_transposed,
+        worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=workers > 0,  # theirs start anew each epoch: not what is measured here
         multiprocessing_context="fork" if workers else None,
     )

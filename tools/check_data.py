@@ -8,6 +8,9 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.check_data")
+
 import argparse
 import json
 import multiprocessing
@@ -33,6 +36,7 @@ import coco_utils
 import data_cache
 import formats
 import train
+import utils
 from coco_json import Annotations, Finding
 from utils import UserError, run_command
 
@@ -115,6 +119,7 @@ _complaints: IO[bytes]
 def _start_worker(annotations: Annotations, root: Path) -> None:
     """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
     global _annotations, _root, _complaints
+    utils.die_with_parent()
     _annotations, _root = annotations, root
     _complaints = tempfile.TemporaryFile(buffering=0)
     os.dup2(_complaints.fileno(), 2)
@@ -245,7 +250,7 @@ def _class_lines(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         cells = [
             _count(c.get(name, 0), d["boxes"]) for c, d in zip(counts, data.values(), strict=True)
         ]
-        yield _row(f"  {name}", cells)
+        yield _row(f"  {utils.printable(name)}", cells)
 
 
 def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:

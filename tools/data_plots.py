@@ -44,7 +44,7 @@ def draw_page(
     )
     _draw_mosaic(figure.add_subplot(grid[1, :]), split, annotations)
     figure.suptitle(
-        f"{split.path.parent.parent.name}: "
+        f"{drawing.plain(split.path.parent.parent.name)}: "
         + ", ".join(f"{len(a):,} {s.name} images, {len(a.ids):,} boxes" for s, a in splits),
         fontsize=15,
     )
@@ -64,7 +64,7 @@ def _draw_classes(axes: Any, splits: Sequence[tuple[Any, Annotations]]) -> None:
         bars = axes.barh(places, values, height, color=COLOURS[number], label=split.name)
         if len(order) <= 15:
             axes.bar_label(bars, [f"{value:,}" for value in values], padding=3, fontsize=9)
-    axes.set_yticks(np.arange(len(order)), [names[i][:24] for i in order])
+    axes.set_yticks(np.arange(len(order)), [drawing.plain(names[i][:24]) for i in order])
     axes.invert_yaxis()
     axes.margins(x=0.15)
     if counts[0].max(initial=1) > 100 * max(1, np.median(counts[0])):

@@ -11,6 +11,9 @@ curves over each other:
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.report")
+
 import argparse
 import json
 from collections.abc import Mapping, Sequence
