@@ -96,7 +96,8 @@ def prune(folder: Path, keep: int) -> None:
 
 def own(folder: Path) -> list[Path]:
     """Return what has the name of a checkpoint of a run in `folder`, sorted by name."""
-    return sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in files if _CHECKPOINT.fullmatch(path.name))
 
 
 def is_verified(path: Path) -> bool:

@@ -506,7 +506,7 @@ def data_paths(
 def read_splits(
     paths: dict[str, Path], splits: Sequence[str], allow_unannotated: bool = False
 ) -> list[coco_utils.Annotations]:
-    """Read the annotations of `splits`, log all warnings, and see that the images are there.
+    """Read the annotations of `splits`, find the images, and log all warnings.
 
     Args:
         allow_unannotated: take a file without annotations, which is enough to detect.
@@ -514,7 +514,8 @@ def read_splits(
     Raises:
         UserError: lists what is missing or wrong, in all splits.
     """
-    read, problems = [], []
+    read: list[coco_utils.Annotations] = []
+    problems = []
     for split in splits:
         images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
         if not images.is_dir():
@@ -522,8 +523,10 @@ def read_splits(
             continue
         try:
             packed, findings = data_cache.examine(annotations)
+            findings = formats.kept_findings(annotations) + findings
             if packed is not None:
-                findings += coco_utils.missing_images(packed, images)
+                packed, more = coco_utils.locate_images(packed, images)
+                findings = findings + more
             if packed is not None and allow_unannotated and not packed.is_annotated:
                 findings = [f for f in findings if f.what not in coco_json.UNANNOTATED]
             coco_json.require_no_errors(annotations, findings)
@@ -536,6 +539,10 @@ def read_splits(
             logger.warning("%s: %s", annotations.name, warning)
     if problems:
         raise UserError("\n".join(problems))
+    if len(read) == 2:
+        val, train = ((read[splits.index(s)], paths[f"{s}_images"]) for s in ("val", "train"))
+        for warning in coco_utils.overlap_findings(train, val):
+            logger.warning("%s: %s", val[0].path.name, warning)
     return read
 
 
@@ -648,6 +655,10 @@ def evaluation_of(
     """Build this process's share of the evaluation; `settings` are fields of `Evaluation`."""
     if settings["val_loss"] and not data.annotations.is_annotated:
         raise UserError(f"--val-loss: {data.annotations.path} has no annotations; leave it out")
+    if eval_batch_size > len(data):
+        raise UserError(
+            f"--eval-batch-size {eval_batch_size} is more than the {len(data)} images to evaluate"
+        )
     padded = padded_sizes(model, data.sizes())
     batches = same_size_batches(padded, eval_batch_size)
     shard = [[(0, i) for i in batch] for batch in batches[processes.rank :: processes.world_size]]
@@ -751,8 +762,11 @@ def main(args: argparse.Namespace) -> None:
         val = with_classes(val, saved.get("categories"))
         train = rest[0] if rest else val
         label_map = saved.get("categories") or coco_utils.label_categories(train.categories)
-        coco_utils.require_same_classes(label_map, train, str(resume))
-        coco_utils.require_same_classes(label_map, val, str(resume or train.path))
+        if not args.test_only:
+            coco_utils.match_classes(label_map, train, str(resume))
+        coco_utils.match_classes(label_map, val, str(resume or train.path))
+        if not args.test_only and not args.keep_empty:
+            coco_utils.require_boxes(train)
 
         # Model
         torch.manual_seed(args.seed)

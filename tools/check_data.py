@@ -1,7 +1,7 @@
 """Check a data set by every rule, opening every image, and describe it.
 
     python -m tools.check_data --data-path /coco --plot data.png
-    python -m tools.check_data --dataset voc --data-path VOC2012 --coco-output voc_as_coco
+    python -m tools.check_data --dataset voc --data-path VOC2012
 
 Exits with 1 if there are errors. The rules are in docs/data.md.
 """
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
@@ -68,7 +67,14 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         raise UserError(f"the image folder {images} does not exist; check --data-path")
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
-        findings = findings + check_images(packed, images, workers, f"{name} images")
+        packed, found = coco_utils.locate_images(packed, images)
+        opened = check_images(packed, images, workers, f"{name} images")
+        kinds = {finding.what for finding in opened}
+        findings = findings + [f for f in found if f.what not in kinds] + opened
+        findings += coco_utils.boxes_findings(packed, for_training=name == "train")
+    rules = {finding.what for finding in findings}
+    kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
+    findings = kept + findings
     return Split(name, images, annotations, packed, findings)
 
 
@@ -138,8 +144,14 @@ def _check_image(number: int) -> list[tuple[str, str]]:
             else "image files that are damaged"
         )
         problems.append((rule, line))
-    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
-        if header.has_transparency_data:
+    header = coco_utils.read_header(path)
+    if header.is_slow:
+        problems.append(("image files in a slow format", ""))
+    if header.is_ambiguous:
+        rule = "image files turned by EXIF, which their size cannot confirm"
+        problems.append((rule, f"orientation {header.orientation}"))
+    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as image:
+        if image.has_transparency_data:
             problems.append(("image files with an alpha channel", ""))
     return problems
 
@@ -250,7 +262,7 @@ def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
     for name, finding in sorted(found, key=lambda pair: pair[1].severity):
         yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
         for case in finding.cases:
-            yield f"{'':20}{utils.printable(case)}"
+            yield f"{'':20}{coco_json.one_line(case, coco_json.LINE - 20)}"
         if finding.count > len(finding.cases):
             yield f"{'':20}and {finding.count - len(finding.cases):,} more"
         yield f"{'':20}→ {finding.fix}"
@@ -271,7 +283,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-size", type=int, default=800, help="shorter side in training, pixels"
     )
     parser.add_argument("--max-size", type=int, default=1333, help="longer side at most, pixels")
-    parser.add_argument("--coco-output", type=Path, metavar="FOLDER", help="keep COCO JSON files")
     return parser
 
 
@@ -288,9 +299,11 @@ def main(argv: list[str] | None = None) -> int:
     ]
     whole = [(split, split.annotations) for split in splits if split.annotations is not None]
     if len(whole) == 2:
-        names = [{name for _, name in annotations.categories} for _, annotations in whole]
-        whole[1][0].findings += coco_json.finding(
-            "splits that name different classes", sorted(names[0] ^ names[1]), repr
+        (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
+        label_map = coco_utils.label_categories(train_set.categories)
+        second.findings += coco_utils.class_findings(label_map, val_set)
+        second.findings += coco_utils.overlap_findings(
+            (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
     num_errors = sum(f.severity == "error" for split in splits for f in split.findings)
@@ -312,11 +325,6 @@ def main(argv: list[str] | None = None) -> int:
 
         data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
         print(f"drawn: {flags.plot}", file=sys.stderr)
-    if flags.coco_output:
-        flags.coco_output.mkdir(parents=True, exist_ok=True)
-        for split in splits:
-            shutil.copy(split.path, flags.coco_output / f"{split.name}.json")
-        print(f"COCO JSON files are in {flags.coco_output}", file=sys.stderr)
     return 1 if num_errors else 0
 
 

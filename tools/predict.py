@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import encode_jpeg
@@ -37,7 +36,7 @@ from model import load_detector, mixed_precision
 from tools import drawing
 from utils import UserError, run_command
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = coco_utils.SUFFIXES
 
 
 class ImageFiles(Dataset):
@@ -74,12 +73,9 @@ def shown_size(path: Path) -> tuple[int, int]:
     if not path.is_file():  # opening a pipe would wait until somebody writes to it
         return 0, 0
     try:
-        with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
-            width, height = header.size
-            is_turned = header.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # whatever a damaged file makes PIL raise; reading it will say what
+        return coco_utils.read_header(path).shown
+    except coco_utils.ImageError:  # reading it will say what is wrong
         return 0, 0
-    return (width, height) if is_turned else (height, width)
 
 
 def find_images(given: Sequence[str]) -> list[Path]:

@@ -273,6 +273,7 @@ def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, st
         return [*lines, "  no images: the evaluation does not know where they are"], captions
 
     annotations, _ = coco_utils.read_annotations(Path(about["annotations"]))
+    annotations, _ = coco_utils.locate_images(annotations, Path(about["images"]))
     if not np.array_equal(np.sort(annotations.image_ids), curves["image_ids"]):
         raise UserError(f"{about['annotations']} has other images than {place} evaluated")
     found = np.load(place / "detections.npy")

@@ -97,6 +97,8 @@ def draw_batch(argv: list[str]) -> None:
     overrides = {name: getattr(flags, name) for name in train.PATHS}
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = train.read_splits(paths, ["train"])
+    if not flags.keep_empty:
+        coco_utils.require_boxes(annotations)
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
     keep = None if flags.keep_empty else coco_utils.images_with_objects(annotations)
