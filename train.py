@@ -897,7 +897,7 @@ def run_from_command_line() -> None:
             text = str(error).strip()
             if "Original Traceback" in text:  # raised in a DataLoader worker
                 text = text.splitlines()[-1].split(": ", 1)[-1]
-            print(f"error: {text}", file=sys.stderr)
+            print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)
         sys.exit(1)
     finally:
         utils.kill_workers()

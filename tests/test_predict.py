@@ -146,6 +146,14 @@ def test_no_two_images_become_one_picture(tmp_path: Path) -> None:
     ]
 
 
+def test_the_picture_of_a_link_has_the_name_of_the_link(images: Path, tmp_path: Path) -> None:
+    links = [tmp_path / name for name in ("1.jpg", "2.jpg")]
+    for link in links:
+        link.symlink_to(images / "sub" / "a.jpg")
+    found = predict.picture_paths(links, tmp_path / "out")
+    assert found == [tmp_path / "out" / "pictures" / link.name for link in links]
+
+
 def test_patterns_do_not_follow_links_that_lead_in_circles(images: Path) -> None:
     for folder in ("x", "y"):
         (images / folder).mkdir()

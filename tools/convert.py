@@ -9,6 +9,9 @@ OUTPUT gets train2017/, val2017/ and annotations/. Images are links to the origi
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.convert")
+
 import argparse
 import json
 import os

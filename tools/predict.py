@@ -168,7 +168,7 @@ def draw(
 
 def picture_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Return where the picture of each image goes, with the subfolders in which images differ."""
-    absolute = [path.resolve() for path in paths]
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # a link by its own name
     common = os.path.commonpath([path.parent for path in absolute])
     places = [folder / "pictures" / path.relative_to(common) for path in absolute]
     stems = Counter(place.with_suffix("") for place in places)
