@@ -298,7 +298,7 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
             `IMAGE_FORMATS`, is damaged, has 16 bits per channel, or has another size than `size`.
     """
     if not path.is_file():  # a folder, or a pipe, which would keep its reader waiting
-        reason = "is not a regular file" if path.exists() else "is missing"
+        reason = "is missing" + (": not a regular file" if path.exists() else "")
         raise ImageError(reason, "image files missing")
     if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
         raise ImageError("lies outside", "image files outside of the image folder")

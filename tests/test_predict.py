@@ -109,7 +109,7 @@ def test_odd_files_cost_no_other_image_its_results(
     assert "in 4 images" in told.out
     assert sorted(told.err.splitlines()) == [
         f"error: {images}/gone.jpg: is missing",
-        f"error: {images}/pipe.jpg: is not a regular file",
+        f"error: {images}/pipe.jpg: is missing: not a regular file",
         f"error: {images}/thin.png: is 20000 x 1: resized, a side has less than one pixel",
         f"error: cannot write {out}/pictures/b.jpg: Is a directory",
     ]
