@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -238,7 +237,9 @@ class Run:
                     not (settings["weights"] or settings["weights_backbone"]),
                     settings["clip_grad_norm"],
                 ),
-                *progress.worker_warnings(settings["workers"], processes_here, os.cpu_count() or 1),
+                *progress.worker_warnings(
+                    settings["workers"], processes_here, utils.usable_cores()
+                ),
                 *progress.precision_warnings(settings["amp"], self.processes.device),
                 *self._disk_use(steps_per_epoch)[1],
             ]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":  # before fcntl, which is not there
+    sys.exit("error: this project needs Linux, macOS or WSL (wsl --install); Windows lacks fork")
+
 import ctypes
 import datetime
 import errno
@@ -13,7 +18,6 @@ import os
 import platform
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -230,6 +234,13 @@ def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
     logger.handlers = handlers
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use; the machine may have more."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_device() -> str:

@@ -34,6 +34,7 @@ import coco_utils
 import data_cache
 import formats
 import train
+import utils
 from coco_json import Annotations, Finding
 from utils import UserError, run_command
 
@@ -259,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name in train.PATHS:
         parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("-j", "--workers", type=int, default=utils.usable_cores())
     parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a page of plots")
     parser.add_argument(
