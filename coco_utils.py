@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 import coco_json
 from coco_json import Annotations, Finding, read_annotations
-from utils import UserError, derive_seed
+from utils import LocalError, UserError, derive_seed
 
 __all__ = [
     "Annotations",
@@ -86,7 +86,7 @@ def require_same_classes(
         )
 
 
-class ImageError(UserError):
+class ImageError(LocalError):
     """An image that cannot be read as its annotations say; `rule` is one of `coco_json.RULES`."""
 
     def __init__(self, message: str, rule: str = "") -> None:

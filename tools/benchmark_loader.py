@@ -24,6 +24,7 @@ import data_cache
 import presets
 import shapes
 import train
+import utils
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from tools import measuring
 from tools.measuring import Row
@@ -43,7 +44,8 @@ def run(
     data_path: Path | None, workers: Sequence[int], repeats: int, max_images: int | None
 ) -> list[Row]:
     """Measure; the flags are those of `add_flags`."""
-    folder = data_path or shapes.make_shapes(data_cache.folder())
+    with utils.file_errors("draw the data set in", "the cache"):
+        folder = data_path or shapes.make_shapes(data_cache.folder())
     images = folder / "train2017"
     path = folder / "annotations" / "instances_train2017.json"
     annotations, _ = coco_utils.read_annotations(path)
