@@ -843,6 +843,7 @@ def main(args: argparse.Namespace) -> None:
                 defaults=parser.defaults(),
                 explained=explained,
             )
+            checkpoint.require_fitting(saved, model, optimizer, scaler, resume)
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
