@@ -11,6 +11,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import checkpoint
 import train as train_script
 from flags import IGNORE, LOG, REFUSE, ArgumentParser, between, inside, non_negative, positive
+from tools import check_data, predict
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -206,3 +208,9 @@ def test_a_checkpoint_takes_the_place_of_defaults() -> None:
     assert parser.values(args, "a") == {"folder": Path("f"), "size": 9, "other": "x"}
     assert parser.compared(args, LOG) == {"other": "x"}
     assert parser.defaults() == {"folder": None, "size": 3, "other": "x"}
+
+
+@pytest.mark.parametrize("tool", [check_data, predict])
+def test_every_number_of_a_tool_has_a_range(tool: ModuleType) -> None:
+    for action in tool.build_parser()._actions:
+        assert action.type not in (int, float), action.option_strings

@@ -25,6 +25,7 @@ import presets
 import shapes
 import train
 import utils
+from flags import non_negative, positive
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from tools import measuring
 from tools.measuring import Row
@@ -35,9 +36,15 @@ BATCH_SIZE = 2  # the recipe's
 def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
     add("--data-path", type=Path, help="COCO folder; default: the embedded shapes")
-    add("--workers", type=int, nargs="+", default=[0, 2], help="numbers of loader processes")
-    add("--repeats", type=int, default=5, help="epochs of either side")
-    add("--max-images", type=int, help="of an epoch; default: all")
+    add(
+        "--workers",
+        type=non_negative(int),
+        nargs="+",
+        default=[0, 2],
+        help="numbers of loader processes",
+    )
+    add("--repeats", type=positive(int), default=5, help="epochs of either side")
+    add("--max-images", type=positive(int), help="of an epoch; default: all")
 
 
 def run(

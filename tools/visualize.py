@@ -160,8 +160,18 @@ def draw_step(step: str, argv: list[str]) -> None:
     add("image", type=Path, help="image file")
     add("--annotations", type=Path, required=True, help="COCO JSON that has the image")
     add("--picture", type=Path, default=Path(f"{step}.png"), help="file to write")
-    add("--min-size", type=int, default=800, help="shorter side for the model, pixels")
-    add("--max-size", type=int, default=1333, help="longer side at most, pixels")
+    add(
+        "--min-size",
+        type=positive(int, at_most=20_000),
+        default=800,
+        help="shorter side for the model, pixels",
+    )
+    add(
+        "--max-size",
+        type=positive(int, at_most=20_000),
+        default=1333,
+        help="longer side at most, pixels",
+    )
     if step == "pipeline":
         add("--checkpoint", help="also draw what this detector finds: a file or a weights' name")
     flags = parser.parse_args(argv)
