@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 import coco_json
 from coco_json import Annotations, Finding, read_annotations
-from utils import UserError, derive_seed, logger, printable
+from utils import LocalError, UserError, derive_seed, logger, printable
 
 __all__ = [
     "Annotations",
@@ -125,7 +125,7 @@ def class_findings(label_map: Sequence[dict[str, Any]], annotations: Annotations
     ]
 
 
-class ImageError(UserError):
+class ImageError(LocalError):
     """An image that cannot be read as its annotations say; `rule` is one of `coco_json.RULES`."""
 
     def __init__(self, message: str, rule: str = "") -> None:

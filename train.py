@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import sys
@@ -470,6 +471,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError("--data-path is missing: a folder in COCO layout, or --dataset shapes")
     if args.dataset in formats.LAYOUTS and not args.data_path:
         raise UserError(f"--data-path is missing: the folder for --dataset {args.dataset}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is missing; pip install -e '.[tensorboard]'")
     if args.test_only and not args.resume and not args.weights:
         raise UserError("--test-only needs what to test: --resume CHECKPOINT or --weights NAME")
 
@@ -493,7 +496,10 @@ def data_paths(
 ) -> dict[str, Path]:
     """Return where "train_images", "train_annotations", "val_images" and "val_annotations" are."""
     if dataset == "shapes":
-        folder = shapes.make_shapes(folder or data_cache.folder())
+        with utils.file_errors("find", "a folder for the drawn images"):
+            place = folder or data_cache.folder()
+        with utils.file_errors("draw images in", place):
+            folder = shapes.make_shapes(place)
     folder = folder or Path()
     paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
     for split in ("train", "val"):
@@ -749,6 +755,7 @@ def main(args: argparse.Namespace) -> None:
         utils.follow_launcher()
         utils.set_determinism(args.use_deterministic_algorithms)
         processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
+        stack.enter_context(utils.worker_errors())
         should_stop = utils.StopSignal()
         folder = output_folder(args)
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
@@ -850,6 +857,7 @@ def main(args: argparse.Namespace) -> None:
                 defaults=parser.defaults(),
                 explained=explained,
             )
+            checkpoint.require_fitting(saved, model, optimizer, scaler, resume)
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
@@ -891,9 +899,8 @@ def run_from_command_line() -> None:
         print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
         sys.exit(1)
     except UserError as error:
-        is_image = isinstance(error, coco_utils.ImageError)
         # All processes see the same flags and data, so one speaks; an image only one process saw.
-        if utils.launch_rank() == 0 or is_image:
+        if utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
             text = str(error).strip()
             if "Original Traceback" in text:  # raised in a DataLoader worker
                 text = text.splitlines()[-1].split(": ", 1)[-1]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":  # before fcntl, which is not there
+    sys.exit("error: this project needs Linux, macOS or WSL (wsl --install); Windows lacks fork")
+
 import ctypes
 import datetime
 import errno
@@ -11,9 +16,9 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,6 +50,10 @@ class UserError(Exception):
 
     Commands print the message without a traceback. Every other exception keeps its traceback.
     """
+
+
+class LocalError(UserError):
+    """A UserError that perhaps only one of the processes sees: each prints its own."""
 
 
 class PeerError(Exception):
@@ -146,11 +155,17 @@ def processes(device: str) -> Iterator[Processes]:
     Raises:
         PeerError: names the processes that did not come to a collective operation of gloo. NCCL
             ends a process that waits in vain by itself.
+        LocalError: if the launcher's variables are wrong, or there is no GPU for this process.
     """
-    rank, world_size = launch_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local_rank = _check_launch()
     place = torch.device(device)
     if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.index or 0)))
+        place = torch.device("cuda", place.index or 0 if local_rank is None else local_rank)
+        if place.index >= torch.cuda.device_count():
+            raise LocalError(
+                f"LOCAL_RANK {place.index}: this machine has {torch.cuda.device_count()} GPUs for "
+                "this run; start one process for each with --nproc_per_node"
+            )
         torch.cuda.set_device(place)
     if world_size == 1:
         yield Processes(place)
@@ -194,7 +209,45 @@ def _store_of_this_attempt() -> dist.Store:
 
 def launch_rank() -> int:
     """Return this process's rank as its launcher says, 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0  # `processes` refuses it
+
+
+def _check_launch() -> tuple[int, int, int | None]:
+    """Return rank, number of processes and LOCAL_RANK, as torchrun sets them for each process.
+
+    Raises:
+        LocalError: names the variable that is missing or wrong.
+    """
+    least = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    numbers = {name: os.environ[name] for name in least if name in os.environ}
+    for name, text in numbers.items():
+        if not text.isdecimal() or int(text) < least[name]:
+            raise LocalError(
+                f"{name}={text} in the environment is no number from {least[name]}; start with "
+                "torchrun, or unset it"
+            )
+    rank, world_size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+    needed = ("WORLD_SIZE", *needed) if "RANK" in numbers else needed
+    for name in needed:
+        if name not in os.environ:
+            given = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+            raise LocalError(
+                f"{given}={numbers[given]} is in the environment and {name} is not; start with "
+                f"torchrun, or unset {given}"
+            )
+    if rank >= world_size:
+        raise LocalError(
+            f"RANK={rank} in the environment is not less than WORLD_SIZE={world_size}; start with "
+            "torchrun, or unset both"
+        )
+    port = os.environ.get("MASTER_PORT", "")
+    if world_size > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise LocalError(
+            f"MASTER_PORT={port} in the environment is no port; start with torchrun, or unset it"
+        )
+    return rank, world_size, int(numbers["LOCAL_RANK"]) if "LOCAL_RANK" in numbers else None
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -230,6 +283,13 @@ def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
     logger.handlers = handlers
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use; the machine may have more."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_device() -> str:
@@ -461,6 +521,41 @@ def ignore_stop_signals(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn what DataLoader raises if its workers lack memory or files, or die, into a LocalError.
+
+    It raises them wherever the main process happens to be.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        problem = _worker_problem(error)
+        if problem is None:
+            raise
+        raise LocalError(problem) from error
+
+
+def _worker_problem(error: BaseException) -> str | None:
+    """Return what a user can do about an error of DataLoader or its workers; None if unknown."""
+    text, cause = str(error), error.__cause__ or error.__context__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__ or cause.__context__
+    if "Too many open files" in text or "received 0 items of ancdata" in text:
+        return "too many open files; allow more with ulimit -n 65536, or give a smaller --workers"
+    if re.search(r"DataLoader worker .*Bus error|</torch_.*No space left on device", text):
+        return (
+            "the loader workers have no room left in /dev/shm; start docker with --ipc=host (or "
+            "--shm-size=8g), or give --workers 0"
+        )
+    if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
+        return (
+            "a loader worker was killed, perhaps as the machine ran out of memory (see dmesg); "
+            "give a smaller --workers or --batch-size"
+        )
+    return None
 
 
 def kill_workers() -> None:

@@ -34,6 +34,7 @@ import coco_utils
 import data_cache
 import presets
 import utils
+from flags import non_negative, positive
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from model import BatchTransform
 from tools import measuring
@@ -58,10 +59,21 @@ _IMAGE = '{"license":3,"file_name":"%012d.jpg","coco_url":"http://images.cocodat
 def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
     add("--size", choices=SIZES, default="train2017", help="images and boxes as this data set has")
-    add("--repeats", type=int, default=3, help="start-ups of either side")
-    add("--workers", type=int, nargs="+", default=[2, 8], help="numbers of loader processes")
-    add("--processes", type=int, default=8, help="that share one copy of the annotations")
-    add("--padding-images", type=int, default=2000, help="per policy; 0 leaves the padding out")
+    add("--repeats", type=positive(int), default=3, help="start-ups of either side")
+    add(
+        "--workers",
+        type=non_negative(int),
+        nargs="+",
+        default=[2, 8],
+        help="numbers of loader processes",
+    )
+    add("--processes", type=positive(int), default=8, help="that share one copy of the annotations")
+    add(
+        "--padding-images",
+        type=non_negative(int),
+        default=2000,
+        help="per policy; 0 leaves the padding out",
+    )
 
 
 def run(

@@ -38,6 +38,7 @@ import formats
 import train
 import utils
 from coco_json import Annotations, Finding
+from flags import non_negative, positive
 from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
@@ -276,13 +277,23 @@ def build_parser() -> argparse.ArgumentParser:
     for name in train.PATHS:
         parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "-j", "--workers", type=non_negative(int, at_most=1024), default=utils.usable_cores()
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a page of plots")
     parser.add_argument(
-        "--min-size", type=int, default=800, help="shorter side in training, pixels"
+        "--min-size",
+        type=positive(int, at_most=20_000),
+        default=800,
+        help="shorter side in training, pixels",
     )
-    parser.add_argument("--max-size", type=int, default=1333, help="longer side at most, pixels")
+    parser.add_argument(
+        "--max-size",
+        type=positive(int, at_most=20_000),
+        default=1333,
+        help="longer side at most, pixels",
+    )
     return parser
 
 

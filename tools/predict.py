@@ -32,6 +32,7 @@ import coco_utils
 import engine
 import train
 import utils
+from flags import between, non_negative, positive
 from model import load_detector, mixed_precision
 from tools import drawing
 from utils import UserError, run_command
@@ -199,10 +200,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--output-dir", type=Path, default=Path("predictions"), help="for all files"
     )
     parser.add_argument(
-        "--score-thresh", type=float, default=0.5, help="detections below are left out"
+        "--score-thresh",
+        type=between(float, 0, 1),
+        default=0.5,
+        help="detections below are left out",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--batch-size", type=positive(int), default=1, help="images at a time")
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=non_negative(int, at_most=1024),
+        default=2,
+        help="processes that read images",
+    )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="cuda where there is one, else cpu"
     )
@@ -211,7 +221,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", action="store_true", help="write detections.csv, too")
     parser.add_argument(
-        "--side", type=int, default=1024, help="longer side of the pictures, pixels"
+        "--side",
+        type=positive(int, at_most=20_000),
+        default=1024,
+        help="longer side of the pictures, pixels",
     )
     return parser
 
