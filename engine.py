@@ -523,9 +523,20 @@ def evaluate(
     model.eval()
     start, model_seconds, images_done = time.perf_counter(), 0.0, 0
     losses = _ImageLosses(model, evaluator)
+
+    def meet(is_done: bool) -> list[float]:
+        return processes.sum([float(should_stop()), float(is_done), images_done, model_seconds])
+
+    # Shares may take very different times. The processes meet on the way, so that one that is slow
+    # is not taken for one that hangs, and one that was asked to stop tells the others.
+    met = time.monotonic()
     for images, targets in batches:
         if should_stop():
             break
+        if processes.world_size > 1 and time.monotonic() - met > utils.MEETING_EVERY:
+            if meet(is_done=False)[0] > 0:
+                return False, None
+            met = time.monotonic()
         begin = time.perf_counter()
         moved, moved_targets = to_device(images, targets, processes.device)
         detections = model(moved)
@@ -535,13 +546,15 @@ def evaluate(
         images_done += len(images)
         if with_losses:
             losses.update(image_ids, moved, moved_targets)
-    totals = processes.sum([float(should_stop()), images_done, model_seconds])
-    if totals[0] > 0:
-        return False, None
-    if totals[1] != len(evaluator.sorted_ids):
+    num_done = 0.0
+    while num_done < processes.world_size:
+        num_stopped, num_done, all_images, all_model_seconds = meet(is_done=True)
+        if num_stopped > 0:
+            return False, None
+    if all_images != len(evaluator.sorted_ids):
         raise ValueError(
-            f"{totals[1]:.0f} images were evaluated and {len(evaluator.sorted_ids)} are annotated; "
-            "each must be seen once"
+            f"{all_images:.0f} images were evaluated and {len(evaluator.sorted_ids)} are "
+            "annotated; each must be seen once"
         )
     detected = time.perf_counter()
     rows = evaluator.gather(processes)
@@ -558,8 +571,8 @@ def evaluate(
         metrics, table = scores_of(evaluation)
     seconds = time.perf_counter() - start
     speed = {
-        "images_per_second": totals[1] / seconds,
-        "model_images_per_second": totals[1] * processes.world_size / totals[2],
+        "images_per_second": all_images / seconds,
+        "model_images_per_second": all_images * processes.world_size / all_model_seconds,
         "scoring_share": (time.perf_counter() - detected) / seconds,
     }
     return True, Evaluation(metrics | mean_losses, table, rows, analysis, speed)

@@ -906,9 +906,11 @@ def wrap(
     if num_processes == 1:
         return model
     keeps_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    wrapped = DistributedDataParallel(
-        model, broadcast_buffers=keeps_statistics, gradient_as_bucket_view=True
-    )
+    # Whether buffers are synchronized in each step. Newer versions of torch warn of the old name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    options: dict[str, Any] = {name: keeps_statistics, "gradient_as_bucket_view": True}
+    wrapped = DistributedDataParallel(model, **options)
     _warm_up(wrapped, device, amp_dtype)
     return wrapped
 

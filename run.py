@@ -435,16 +435,19 @@ class Run:
         return self.processes.sum([float(received is not None)])[0] > 0
 
     def finish(self) -> None:
-        """Say where the run ended, and leave a marker if a signal ended it."""
+        """Log where the run ended and how to go on; leave a marker if a signal ended it."""
         self.progress.close()
-        how = "ended"
+        how, step, advice = "ended", self.state.step, ""
         if self.is_stopped():
             received = self.evaluation.should_stop.received or "a signal to another process"
             how = f"stopped by {received}"
-            marker = f"{received} at step {self.state.step}\n"
+            marker = f"{received} at step {step}\n"
             path = self.folder / "preempted"
             self.processes.on_main(lambda: utils.replace_file(path, marker))
-        logger.info("%s after step %d", how, self.state.step)
+            is_auto = self.settings["resume"] == "auto"
+            go_on = "the same command goes on" if is_auto else "add --resume auto to go on"
+            advice = f", {'saved' if step else 'nothing to save yet'}; {go_on}"
+        logger.info("%s after step %d%s", how, step, advice)
 
     def _record(self, values: dict[str, Any], evaluation: Path | None = None) -> None:
         """Write one record to the log, metrics.jsonl and, if asked for, TensorBoard.

@@ -17,6 +17,8 @@ import importlib.util
 import itertools
 import math
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -612,17 +614,21 @@ def make_loader(
     dataset: coco_utils.CocoDetection, batches: Any, workers: int, device: torch.device, keep: bool
 ) -> DataLoader:
     """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=coco_utils.collate,
-        pin_memory=device.type == "cuda",
-        persistent_workers=keep and workers > 0,
-        worker_init_fn=utils.ignore_stop_signals,
-        multiprocessing_context="fork" if workers else None,  # shares the packed annotations
-        generator=torch.Generator(),  # else it would draw from the main process's random numbers
-    )
+    with warnings.catch_warnings():
+        # `progress.worker_warnings` has better words for it.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=coco_utils.collate,
+            pin_memory=device.type == "cuda",
+            timeout=utils.LOADER_TIMEOUT if workers else 0,
+            persistent_workers=keep and workers > 0,
+            worker_init_fn=utils.ignore_stop_signals,
+            multiprocessing_context="fork" if workers else None,  # shares the packed annotations
+            generator=torch.Generator(),  # else it draws from the main process's random numbers
+        )
 
 
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
@@ -693,8 +699,12 @@ def with_classes(
 
 def evaluate_only(
     model: nn.Module, evaluation: Evaluation, saved: dict[str, Any], args: argparse.Namespace
-) -> None:
-    """Evaluate `--resume` or `--weights`, into OUTPUT_DIR/eval/test where there is a folder."""
+) -> int:
+    """Evaluate `--resume` or `--weights`, into OUTPUT_DIR/eval/test where there is a folder.
+
+    Returns:
+        The exit status: 1 if a signal stopped it.
+    """
     place, processes = None, evaluation.processes
     if args.output_dir:
         place = args.output_dir / "eval" / "test"
@@ -706,7 +716,10 @@ def evaluate_only(
     tested = {"weights": args.resume or args.weights, "step": saved.get("step")}
     step = "" if tested["step"] is None else f" of step {tested['step']}"
     logger.info("evaluating %s%s%s", tested["weights"], step, ", EMA" if saved.get("ema") else "")
-    evaluation.run(model, place, tested)
+    finished, _ = evaluation.run(model, place, tested)
+    if not finished:
+        logger.info("stopped by a signal: there is no result")
+    return 0 if finished else 1
 
 
 def _make_folder(path: Path) -> None:
@@ -746,8 +759,8 @@ def data_changes(
     }
 
 
-def main(args: argparse.Namespace) -> None:
-    """Train, or with `--test-only` evaluate: the whole run in order."""
+def main(args: argparse.Namespace) -> int:
+    """Train, or with `--test-only` evaluate: the whole run in order. Returns the exit status."""
     check_flags(args)
     parser = build_parser()
     with contextlib.ExitStack() as stack:
@@ -800,8 +813,7 @@ def main(args: argparse.Namespace) -> None:
             should_stop=should_stop,
         )
         if args.test_only:
-            evaluate_only(model, evaluation, saved, args)
-            return
+            return evaluate_only(model, evaluation, saved, args)
 
         # Training data, in the order of the run
         keep = None if args.keep_empty else coco_utils.images_with_objects(train)
@@ -889,25 +901,38 @@ def main(args: argparse.Namespace) -> None:
             state.epoch, state.position = state.epoch + 1, 0
             run.save(f"model_{state.epoch - 1}.pth")
         run.finish()
+        return 0
 
 
 def run_from_command_line() -> None:
     """Call `main`; what a user can mend ends in one message, not in a stack trace."""
+    utils.mend_streams()
+    status: int | None = 1
     try:
-        main(parse_args())
-    except utils.PeerError as error:
-        print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
-        sys.exit(1)
-    except UserError as error:
-        # All processes see the same flags and data, so one speaks; an image only one process saw.
-        if utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
-            text = str(error).strip()
-            if "Original Traceback" in text:  # raised in a DataLoader worker
-                text = text.splitlines()[-1].split(": ", 1)[-1]
-            print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)
-        sys.exit(1)
+        status = main(parse_args())
+    except KeyboardInterrupt:  # later ones are taken by `utils.StopSignal`
+        print("error: interrupted before the run began", file=sys.stderr)
+    except Exception as error:
+        _print_error(error)
     finally:
         utils.kill_workers()
+    if status:
+        utils.end_failed()
+        sys.exit(status)
+
+
+def _print_error(error: Exception) -> None:
+    """Print what a user can mend as one message, and anything else with its traceback."""
+    text = str(error).strip()
+    if isinstance(error, utils.PeerError):
+        print(f"error: [rank {utils.launch_rank()}] {text}", file=sys.stderr)
+    elif not isinstance(error, UserError):
+        traceback.print_exception(error)
+    elif utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
+        # All processes see the same flags and data, so one speaks; an image only one process saw.
+        if "Original Traceback" in text:  # raised in a DataLoader worker
+            text = text.splitlines()[-1].split(": ", 1)[-1]
+        print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ctypes
 import datetime
 import errno
 import fcntl
+import io
 import json
 import logging
 import multiprocessing
@@ -41,6 +42,13 @@ HOST_TIMEOUT = datetime.timedelta(hours=2)
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
 NAMING_TIMEOUT = datetime.timedelta(seconds=10)  # torchrun kills survivors of a failure after 30
 LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is gone
+MEETING_EVERY = 10.0  # seconds between the meetings of an evaluation
+# Less than STEP_TIMEOUT, so that the process that waits for its workers speaks before the others.
+LOADER_TIMEOUT = 540.0  # seconds without a batch from any worker
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# One press of Ctrl-C reaches a process twice, from the terminal and from torchrun.
+SAME_SIGNAL = 1.0  # seconds
 
 T = TypeVar("T")
 
@@ -152,6 +160,8 @@ def processes(device: str) -> Iterator[Processes]:
     Args:
         device: "cuda" (this process takes GPU number LOCAL_RANK) or "cpu".
 
+    After an exception the group stays: end the process by `end_failed`.
+
     Raises:
         PeerError: names the processes that did not come to a collective operation of gloo. NCCL
             ends a process that waits in vain by itself.
@@ -191,8 +201,9 @@ def processes(device: str) -> Iterator[Processes]:
         if group is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             group.barrier(NAMING_TIMEOUT)  # gloo itself says a port at best
         raise
-    finally:
-        dist.destroy_process_group()
+    # Not after an exception: NCCL would wait here for operations that the others never join. See
+    # `end_failed`.
+    dist.destroy_process_group()
 
 
 def _store_of_this_attempt() -> dist.Store:
@@ -269,12 +280,50 @@ class TerminalHandler(logging.StreamHandler):
             tqdm.write(self.format(record), file=self.stream)
 
 
+class _QuietFile(io.FileIO):
+    """A standard stream that drops what nobody can read: its reader or terminal is gone."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written; claim that all was."""
+        with suppress(OSError):
+            return super().write(data)
+        return memoryview(data).nbytes
+
+
+def mend_streams() -> None:
+    """Let printing never end a run: closed streams, closed pipes and narrow encodings included.
+
+    A stream that was closed (`>&-`) leads to /dev/null; otherwise the next file that is opened, say
+    a checkpoint, would get its number, and what a C library prints. Characters that the encoding
+    lacks are escaped. Streams that somebody has replaced stay.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            with suppress(OSError):
+                os.fstat(number)
+                continue  # something else has that number already
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is this
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+        if number and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            quiet = io.TextIOWrapper(
+                io.BufferedWriter(_QuietFile(number, "w", closefd=False)),
+                stream.encoding,
+                "backslashreplace",
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, quiet)
+
+
 def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
     """Send the log to standard output and, on the main process, to `log_file` as well."""
     terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
     handlers: list[logging.Handler] = [terminal(sys.stdout)]
     if is_main and log_file is not None:
-        handlers.append(logging.FileHandler(log_file))
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
     layout = (
         "%(asctime)s %(message)s" if is_main else f"%(asctime)s [rank {launch_rank()}] %(message)s"
     )
@@ -344,6 +393,7 @@ class PrintableFormatter(logging.Formatter):
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Call the `main` of a command and exit with its status; print a `UserError` as one message."""
+    mend_streams()
     try:
         sys.exit(main())
     except UserError as error:
@@ -496,19 +546,62 @@ def _git_revision() -> str:
 
 
 class StopSignal:
-    """Remember that SIGTERM, SIGINT or SIGUSR1 came; whoever trains asks between two steps."""
+    """Remember that one of `STOP_SIGNALS` came; whoever trains asks between two steps.
+
+    SIGTERM or SIGINT that comes again, more than `SAME_SIGNAL` seconds after the first, ends the
+    process and its loader workers at once. SIGHUP stays ignored where `nohup` made it so.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._remember)
+        # Python calls a handler only when the main thread returns from what it waits for, such as
+        # another process. This thread reads the numbers that the system's handler writes.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def _remember(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number).name
+        self.received = self.received or signal.Signals(number).name
 
     def __call__(self) -> bool:
         """Return whether a signal came."""
         return self.received is not None
+
+    def _watch(self, reader: int) -> None:
+        first = None  # when SIGTERM or SIGINT came for the first time
+        is_told = False
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if not is_told:
+                text = "%s: the run stops after this step; a second one ends it at once"
+                _log_in_thread(logging.INFO, text, signal.Signals(number).name)
+                is_told = True
+            if number in (signal.SIGTERM, signal.SIGINT):
+                now = time.monotonic()
+                first = first or now
+                if now - first > SAME_SIGNAL:
+                    _end_at_once(number)
+
+
+def _log_in_thread(level: int, *message: Any) -> threading.Thread:
+    """Log without waiting: the main thread may be blocked while it prints."""
+    thread = threading.Thread(target=logger.log, args=(level, *message), daemon=True)
+    thread.start()
+    return thread
+
+
+def _end_at_once(number: int) -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    text = "a second %s: ended at once; --resume auto goes on from the last save"
+    _log_in_thread(logging.WARNING, text, signal.Signals(number).name).join(1.0)
+    os._exit(128 + number)
 
 
 def ignore_stop_signals(worker: int) -> None:
@@ -519,7 +612,7 @@ def ignore_stop_signals(worker: int) -> None:
     """
     die_with_parent()
     torch.set_num_threads(1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -555,6 +648,12 @@ def _worker_problem(error: BaseException) -> str | None:
             "a loader worker was killed, perhaps as the machine ran out of memory (see dmesg); "
             "give a smaller --workers or --batch-size"
         )
+    if "DataLoader timed out" in text:
+        return (
+            f"no loader worker delivered a batch for {LOADER_TIMEOUT:.0f} seconds: the storage of "
+            "the images does not answer, or a worker is stopped (state D or T in ps), or /dev/shm "
+            "is full (docker: --ipc=host); then go on with --resume auto"
+        )
     return None
 
 
@@ -565,6 +664,18 @@ def kill_workers() -> None:
         worker.kill()
 
 
+def end_failed() -> None:
+    """End this process after its exception was printed, if it is one of several.
+
+    Python's own way out would leave NCCL's process group, and wait there for operations that the
+    others never join.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
+
+
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies."""
     if sys.platform == "linux":
@@ -573,12 +684,12 @@ def die_with_parent() -> None:
 
 
 def follow_launcher() -> None:
-    """End this process when the torchrun that started it dies, lest it trains on unseen.
+    """End this process when the torchrun that started it dies, so that no orphan keeps training.
 
-    It gets SIGTERM, which lets it save, and `LAUNCHER_GRACE` later SIGKILL. A process without a
+    It gets SIGUSR1, which lets it save, and `LAUNCHER_GRACE` later SIGKILL. A process without a
     launcher is left alone: `nohup python train.py &` outlives its shell.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not _is_launched():
         return
     launcher = os.getppid()
     if launcher == 1 and not _is_python(launcher):  # it died while this process was starting
@@ -587,11 +698,31 @@ def follow_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        # Not SIGTERM, which may have come before: the second one would end the process at once.
+        os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(LAUNCHER_GRACE)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_launched() -> bool:
+    """Return whether the parent is a torchrun, or was one until it died.
+
+    A shell that hands on torchrun's variables is none. torchrun gives every process a session of
+    its own, and variables that it does not have itself.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.getsid(0) != os.getpid():
+        return False
+    parent = os.getppid()
+    if parent == 1 or not Path("/proc/self/environ").exists():  # it died, or this is macOS
+        return True
+    try:
+        of_parent = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+    except OSError:  # another user's
+        return False
+    own = {os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith("TORCHELASTIC")}
+    return _is_python(parent) and not own <= set(of_parent)
 
 
 def _is_python(process: int) -> bool:

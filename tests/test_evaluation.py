@@ -304,7 +304,7 @@ SMALL = ("--device", "cpu", "--workers", "0")
 @pytest.fixture
 def test_only(capsys: pytest.CaptureFixture[str]) -> Iterator[Test]:
     """Run `train.py --test-only` in this process: `test_only(*flags)` returns what it printed."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = utils.STOP_SIGNALS
     handlers = [signal.getsignal(number) for number in numbers]
     log = (utils.logger.handlers, utils.logger.propagate, utils.logger.level)
 
@@ -315,6 +315,7 @@ def test_only(capsys: pytest.CaptureFixture[str]) -> Iterator[Test]:
     yield run
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
     utils.logger.handlers, utils.logger.propagate, utils.logger.level = log
 
 

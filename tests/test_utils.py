@@ -5,11 +5,13 @@ that importing does no work, and that nothing is unpickled, evaluated or given t
 """
 
 import ast
+import ctypes
 import errno
 import fcntl
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -20,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -391,19 +393,121 @@ def test_processes_join_agree_and_leave(tmp_path: Path) -> None:
         }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_stop_signal_is_remembered_and_does_nothing_else(number: signal.Signals) -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {n: signal.getsignal(n) for n in numbers}
-    try:
+@pytest.fixture
+def old_handlers() -> Iterator[None]:
+    """Give back, after a test, the handlers that `StopSignal` replaces."""
+    handlers = {number: signal.getsignal(number) for number in utils.STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.usefixtures("old_handlers")
+def test_a_stop_signal_is_remembered_and_does_nothing_else(name: str) -> None:
+    stop = utils.StopSignal()
+    assert not stop() and stop.received is None
+    for _ in range(3):
+        os.kill(os.getpid(), getattr(signal, name))
+    assert stop() and stop.received == name
+
+
+@pytest.mark.usefixtures("old_handlers")
+def test_sighup_stays_ignored_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = utils.StopSignal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.received == "SIGTERM"
+
+
+def test_the_first_signal_that_stops_a_run_is_the_one_it_names() -> None:
+    def run(writer: int) -> None:
         stop = utils.StopSignal()
-        assert not stop() and stop.received is None
-        for _ in range(3):
+        for number in (signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        assert stop() and stop.received == number.name
-    finally:
-        for n, handler in handlers.items():
-            signal.signal(n, handler)
+        os.write(writer, str(stop.received).encode())
+
+    process, output = _forked(run)
+    assert output.read() == "SIGHUP"
+    assert os.waitpid(process, 0)[1] == 0
+
+
+def _forked(run: Callable[[int], None]) -> tuple[int, IO[str]]:
+    """Fork a process that calls `run` with where to write; return it, and what reads from there."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            run(writer)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    return process, os.fdopen(reader)
+
+
+def _ended(process: int, seconds: float) -> int | None:
+    """Return the exit code of a child, None if it is alive after `seconds`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pid, status = os.waitpid(process, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return None
+
+
+def _hang_in_c(writer: int) -> None:
+    """Be a run with a loader worker that waits for another process and sees no Python any more."""
+    worker = multiprocessing.get_context("fork").Process(target=_worker, daemon=True)
+    worker.start()
+    utils.StopSignal()
+    os.write(writer, f"{worker.pid}\n".encode())
+    mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # for ever; signals do not interrupt it
+
+
+def _worker() -> None:
+    utils.ignore_stop_signals(0)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_blocked_run_and_its_workers_at_once(
+    number: signal.Signals,
+) -> None:
+    process, output = _forked(_hang_in_c)
+    worker = int(output.readline())
+    for _ in range(3):  # of one press of Ctrl-C, from the terminal and from torchrun
+        os.kill(process, number)
+        assert _ended(process, 0.2) is None
+    time.sleep(0.6)
+    os.kill(process, number)
+    assert _ended(process, 1.5) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(worker, 0)
+            time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "first, second", [("SIGHUP", "SIGTERM"), ("SIGTERM", "SIGUSR1"), ("SIGUSR1", "SIGTERM")]
+)
+def test_what_a_closed_terminal_and_a_dead_launcher_send_is_no_second_signal(
+    first: str, second: str
+) -> None:
+    process, output = _forked(_hang_in_c)
+    worker = int(output.readline())
+    os.kill(process, getattr(signal, first))
+    time.sleep(1.1)
+    os.kill(process, getattr(signal, second))
+    assert _ended(process, 0.5) is None
+    for one in (process, worker):
+        os.kill(one, signal.SIGKILL)
+    os.waitpid(process, 0)
 
 
 def _after_the_parent_died(trainer: Callable[[int], None]) -> str:
@@ -456,6 +560,7 @@ def test_a_process_may_save_when_its_torchrun_dies_but_not_linger(
     monkeypatch.setattr(utils, "LAUNCHER_GRACE", 0.5)
 
     def trainer(writer: int) -> None:
+        os.setsid()  # as torchrun does it
         stop = utils.StopSignal()
         utils.follow_launcher()
         os.write(writer, b"ready\n")
@@ -465,7 +570,94 @@ def test_a_process_may_save_when_its_torchrun_dies_but_not_linger(
         time.sleep(60)
         os.write(writer, b", lingered")
 
-    assert _after_the_parent_died(trainer) == "saved at SIGTERM"
+    assert _after_the_parent_died(trainer) == "saved at SIGUSR1"
+
+
+def test_a_process_whose_shell_only_handed_on_the_launcher_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+
+    def trainer(writer: int) -> None:  # in the session of its parent, as every command of a shell
+        utils.follow_launcher()
+        os.write(writer, b"ready\n")
+        time.sleep(2)
+        os.write(writer, b"survived")
+
+    assert _after_the_parent_died(trainer) == "survived"
+
+
+HAND_ON = """
+import os, subprocess, sys
+environment = {**os.environ, **({"TORCHELASTIC_ERROR_FILE": "2"} if sys.argv[1] == "new" else {})}
+child = "import utils; print(utils._is_launched())"
+subprocess.run([sys.executable, "-c", child], env=environment, start_new_session=True, check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("variables, is_launched", [("new", True), ("handed on", False)])
+def test_a_launcher_is_who_set_the_variables(variables: str, is_launched: bool) -> None:
+    # Also in a session of its own, as after `setsid`; and torchrun may run below another torchrun.
+    environment = {
+        **os.environ,
+        **{"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_ERROR_FILE": "1", "PYTHONPATH": str(ROOT)},
+    }
+    command = [sys.executable, "-c", HAND_ON, variables]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(is_launched)
+
+
+PRINT = """
+import logging, sys
+from pathlib import Path
+import utils
+
+def main():
+    utils.set_up_logging(True, Path(sys.argv[1]))
+    for number in range(200):
+        utils.logger.info("line %d é → 猫", number)
+        print("printed é → 猫", flush=True)
+        print("complained é → 猫", file=sys.stderr)
+    with open(sys.argv[1]) as file:
+        assert file.fileno() > 2
+
+utils.run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        '"$@" >&-',
+        '"$@" 2>&-',
+        '"$@" <&- >&- 2>&-',
+        '"$@" | head -1',
+        '"$@" 2>&1 | head -1',
+        '"$@" >/dev/full 2>/dev/full',
+        'PYTHONIOENCODING=ascii "$@"',
+        'LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"',
+    ],
+)
+def test_a_run_that_cannot_print_goes_on_and_keeps_its_log(shell: str, tmp_path: Path) -> None:
+    log, script = tmp_path / "log.txt", tmp_path / "script.py"
+    script.write_text(PRINT, encoding="utf-8")
+    command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, script, log]
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert [line[9:] for line in lines] == [f"line {n} é → 猫" for n in range(200)]
+    printed = done.stdout + done.stderr
+    assert "Error" not in printed and "Exception" not in printed and "Traceback" not in printed
+    if shell.startswith(("PYTHONIOENCODING", "LC_ALL")):
+        assert r"line 199 \xe9 \u2192 \u732b" in done.stdout
+        assert done.stderr.count(r"complained \xe9 \u2192 \u732b") == 200
 
 
 @pytest.mark.parametrize("is_main", [True, False])
