@@ -96,7 +96,8 @@ def prune(folder: Path, keep: int) -> None:
 
 def own(folder: Path) -> list[Path]:
     """Return what has the name of a checkpoint of a run in `folder`, sorted by name."""
-    return sorted(path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name))
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in files if _CHECKPOINT.fullmatch(path.name))
 
 
 def is_verified(path: Path) -> bool:
@@ -239,7 +240,149 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
     if isinstance(content.get("args"), argparse.Namespace):
         content["args"] = vars(content["args"])
+    _require_kinds(content, path, ("args", "categories"))  # which are read before all others
     return content
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
+    )
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Return whether `value` has the layout of an optimizer's state, of whatever model."""
+    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
+        return False
+    groups = value.get("param_groups")
+    return (
+        isinstance(groups, list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+        and all(isinstance(state, dict) for state in value["state"].values())
+    )
+
+
+def _are_classes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(c, dict)
+        and isinstance(c.get("name"), str)
+        and type(c.get("id")) is int
+        and type(c.get("label")) is int
+        and c["label"] > 0
+        for c in value
+    )
+
+
+def _is_args(value: Any) -> bool:
+    per_step = value.get("batches_per_step", 1) if isinstance(value, dict) else 0
+    return _is_count(per_step) and per_step > 0
+
+
+# By name: whether a value has the right layout, and the words for that.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_are_tensors, "tensors by name"),
+    "ema": (lambda v: v is None or _are_tensors(v), "tensors by name, or None"),
+    "optimizer": (_is_optimizer, "the state of an optimizer"),
+    "scaler": (lambda v: isinstance(v, dict), "the state of a gradient scaler"),
+    "epoch": (_is_count, "a whole number of at least 0"),
+    "step": (_is_count, "a whole number of at least 0"),
+    "position": (_is_count, "a whole number of at least 0"),
+    "window": (
+        lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
+        "numbers by name",
+    ),
+    "best": (lambda v: v is None or _is_number(v), "a number, or None"),
+    "args": (_is_args, "flags by name"),
+    "categories": (_are_classes, "a list of classes with id, name and label"),
+}
+
+
+def _require_kinds(content: Mapping[str, Any], path: Path, names: Collection[str]) -> None:
+    """Raise UserError if one of the parts `names` is of another kind than train.py writes."""
+    for name in names:
+        fits, words = _KINDS[name]
+        if name in content and not fits(content[name]):
+            raise UserError(
+                f"--resume {path}: damaged, its {name!r} is not {words}; take another checkpoint"
+            )
+
+
+def require_fitting(
+    saved: Mapping[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    source: Path,
+) -> None:
+    """Raise UserError unless a checkpoint has all that a run of this model continues from.
+
+    The message names what is missing, or the first tensors that differ.
+    """
+    missing = [name for name in _KINDS if name not in saved and name != "categories"]
+    problem = f"it lacks {', '.join(missing)}" if missing else ""
+    weights = model.state_dict()
+    for name in ("model", "ema"):
+        if not problem and saved[name]:
+            problem = _difference(saved[name], weights, name)
+    problem = problem or _optimizer_difference(saved["optimizer"], optimizer)
+    if not problem and scaler.is_enabled():
+        names = [name for name in scaler.state_dict() if not _is_number(saved["scaler"].get(name))]
+        problem = f"its 'scaler' lacks {', '.join(names)}" if names else ""
+    if problem:
+        raise UserError(
+            f"--resume {source} does not fit this run: {problem}; take another checkpoint, or "
+            "begin from its weights with --weights"
+        )
+
+
+def _difference(
+    saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], part: str
+) -> str:
+    """Return how the tensors differ in name or shape, the first three; empty if they do not."""
+    differing = [f"{name} is missing" for name in expected if name not in saved]
+    differing += [f"{name} is unknown" for name in saved if name not in expected]
+    differing += [
+        f"{name} has the shape {list(saved[name].shape)}, not {list(value.shape)}"
+        for name, value in expected.items()
+        if name in saved and saved[name].shape != value.shape
+    ]
+    if not differing:
+        return ""
+    return f"of its {part!r}, {len(differing)} tensors differ: {', '.join(differing[:3])}"
+
+
+def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:
+    """Return how the state of an optimizer does not fit this one; empty if it does."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != saved_sizes:
+        return f"its 'optimizer' is for {saved_sizes} parameters by group, not {sizes}"
+    is_adam = isinstance(optimizer, torch.optim.AdamW)
+    needed = {"lr", "weight_decay", *(("betas", "eps") if is_adam else ("momentum",))}
+    for group in saved["param_groups"]:
+        if not needed <= group.keys():
+            return f"its 'optimizer' lacks {', '.join(sorted(needed - group.keys()))}"
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = {k: v for k, v in saved["state"].get(number, {}).items() if v is not None}
+        if state and state.keys() != names:
+            return f"its 'optimizer' holds {', '.join(map(str, state))}, not {', '.join(names)}"
+        for name, value in state.items():
+            shape = parameter.shape if name != "step" else torch.Size([])
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
+                found = list(value.shape) if isinstance(value, torch.Tensor) else value
+                return f"{name} {number} of its 'optimizer' is {found}, not of shape {list(shape)}"
+    return ""
 
 
 def as_own(
@@ -254,6 +397,7 @@ def as_own(
     Raises:
         UserError: if it cannot be continued, with what it lacks.
     """
+    _require_kinds(saved, source, _KINDS)
     if "step" in saved:
         return saved
     missing = [name for name in ("model", "optimizer", "epoch", "args") if name not in saved]

@@ -26,14 +26,17 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from utils import UserError
+from utils import UserError, file_errors, printable
 
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 2**30 / 4 / 3
 # A side below this many pixels may round to zero when the model resizes it, and log(0) is NaN.
 MIN_SIDE = 1e-3
 PIECE = 2**24  # bytes of JSON decoded at a time: the structs of a file fill more room than it does
 DIAGNOSED = 2**31  # bytes up to which Python reads a broken file again, to list every fault
-NOT_GIVEN = -(2**62)  # stands for a missing iscrowd
+NOT_GIVEN = -(2**62)  # stands for a missing iscrowd, or a missing annotation id
+LINE = 200  # characters that a finding may take
+# Statistics of boxes are conclusive from so many on.
+FEW_BOXES = 4
 
 # What can be wrong with a data set: severity, and the fix, or what is done about it.
 _SHAPE = ("error", "give it COCO's layout, https://cocodataset.org/#format-data")
@@ -41,9 +44,17 @@ _UNIQUE = ("error", "make them unique")
 # What a file of images to be submitted, such as COCO's image_info_test-dev2017.json, may lack.
 UNANNOTATED = ("no list of annotations", "no categories")
 RULES = {
-    "annotation file that is empty": ("error", "write it again"),
-    "annotation file that is not UTF-8": ("error", "save it as UTF-8, without a byte order mark"),
-    "annotation file that is not JSON, or cut short": ("error", "write it again"),
+    "annotation file that is empty": ("error", "export it again"),
+    "annotation file in UTF-16 or UTF-32": (
+        "error",
+        "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW; UTF-32 likewise",
+    ),
+    "annotation file that is not UTF-8": ("error", "save it as UTF-8"),
+    "annotation file that is not JSON, or cut short": (
+        "error",
+        "correct it there, or export again",
+    ),
+    "annotation file with a byte order mark": ("warning", "skipped"),
     "annotation file that is not COCO's": _SHAPE,
     "list missing": _SHAPE,
     "no list of annotations": (
@@ -54,39 +65,100 @@ RULES = {
     "entries that are not an object": _SHAPE,
     "no images": ("error", "add them"),
     "no categories": ("error", "add them"),
+    "whole numbers written as 1.0": ("warning", "read as 1"),
+    "whole numbers written as text": ("warning", "read as numbers"),
+    "bbox with numbers written as text": ("error", "write the numbers without quotes"),
     "image ids that occur twice": _UNIQUE,
     "annotation ids that occur twice": _UNIQUE,
+    "annotations without id": ("warning", "all are numbered by their place in the file"),
+    "annotation ids that start again in each image": (
+        "warning",
+        "all are numbered by their place in the file",
+    ),
     "category ids that occur twice": _UNIQUE,
     "category names that occur twice": _UNIQUE,
+    "unused categories with the name of another": ("warning", "left out"),
+    "categories named background": (
+        "warning",
+        "kept as classes; remove them, as the model has a background of its own",
+    ),
+    "images without width or height": ("warning", "taken from the image as viewers show it"),
     "width or height not positive": ("error", "give the image's size in pixels"),
+    "width and height that are swapped": ("error", "write each in the place of the other"),
     "images over 89 megapixels": ("error", "make them smaller"),
-    "file_name not below the image folder": ("error", "no '..', NUL, drive or leading slash"),
-    "annotations of an unknown image_id": ("error", "remove them, or add the image"),
+    "file_name not below the image folder": (
+        "error",
+        "give the path relative to the image folder, without '..', NUL or drive",
+    ),
+    "annotations of an unknown image_id": ("warning", "left out, as where a subset was cut"),
+    "annotations that all are of an unknown image_id": (
+        "error",
+        "give the ids that the images have",
+    ),
+    "image_id shifted by one against the images": ("error", "number both alike"),
+    "category_id shifted by one against the categories": ("error", "number both alike"),
     "annotations of an unknown category_id": ("error", "remove them, or add the category"),
     "annotations with iscrowd other than 0 or 1": ("error", "correct it"),
     "annotations without iscrowd": ("warning", "taken as 0"),
     "annotations without area": ("warning", "taken as w * h"),
-    "annotations with the id 0": ("warning", "numbered anew to evaluate: pycocotools loses it"),
+    "boxes that look like shares of the image": (
+        "error",
+        "multiply x and w by the width, y and h by the height",
+    ),
+    "boxes that look like x1 y1 x2 y2": (
+        "warning",
+        "are they? COCO has x y w h; look at them with tools.check_data --plot",
+    ),
+    "no box to train on": (
+        "error",
+        "correct the boxes; or, if images without boxes are meant, --keep-empty",
+    ),
+    "no box to evaluate with": ("warning", "AP will be -1"),
+    "annotations with the id 0": ("warning", "gets another id to evaluate: pycocotools loses 0"),
     "boxes without width or height": ("warning", "not trained on"),
     "boxes outside of their image, or thinner than 0.001 px": ("warning", "not trained on"),
     "boxes partly outside of their image": ("warning", "clipped to train"),
     "categories without boxes": ("warning", "kept as classes"),
-    "images that share a file": ("warning", "each is used with its own boxes"),
-    "annotations that cannot be cached": ("warning", "read anew at every start"),
-    "image files missing": ("error", "add them, or correct file_name: '/' ends a folder"),
+    "images that share a file": (
+        "warning",
+        "join them: each is used with its boxes only, the others' become background",
+    ),
+    "annotations that cannot be cached": ("warning", "read again at every start"),
+    "image files missing": ("error", "add them, or take them out of the annotations"),
+    "file names with a backslash": ("warning", "read as /"),
+    "file names that are URL-encoded": ("warning", "decoded: %20 is a space"),
+    "file names that repeat the image folder": ("warning", "used without it"),
+    "file names with a suffix in another case": ("warning", "the file is used"),
     "image files outside of the image folder": ("error", "copy them into it"),
     "image files that cannot be read": ("error", "see to the permissions, or the disk"),
-    "image files that are empty": ("error", "copy them again"),
-    "image files that are no JPEG, PNG or WebP": ("error", "convert them"),
-    "image files that are damaged": ("error", "copy them again"),
+    "image files that are empty": ("error", "copy them again, or take them out"),
+    "image files of another format": ("error", "convert them: magick FILE NEW.png"),
+    "image files that are damaged": ("error", "copy them again, or take them out"),
     "image files of another size than annotated": ("error", "correct width and height"),
-    "image files with 16 bits per channel": ("error", "convert them to 8 bits"),
+    "image files with 16 bits per channel": (
+        "error",
+        "convert them to 8 bits: magick FILE -depth 8 NEW.png",
+    ),
+    "image files with too many scans": ("error", "write them again: magick FILE NEW.jpg"),
+    "image files in a slow format": ("warning", "read by PIL; JPEG, PNG and WebP are faster"),
+    "image files turned by EXIF, which their size cannot confirm": (
+        "warning",
+        "turned as viewers show them; look at them with tools.visualize batch",
+    ),
     "image files with stray bytes": ("warning", "decoded all the same"),
     "image files with an alpha channel": ("warning", "alpha is dropped"),
     "splits that name different classes": ("error", "give both the same categories"),
+    "classes of training that val does not name": ("warning", "matched by name"),
+    "classes with another id in val": ("warning", "matched by name"),
+    "annotation file that is both train and val": (
+        "warning",
+        "give other images to evaluate on: scores on these say nothing",
+    ),
+    "images that are in train and val": ("warning", "take them out of one: scores on them mislead"),
 }
 # Empty, absolute (also as Windows writes it), with ".." between separators, or with NUL.
 _UNSAFE_NAME = re.compile(r"\A\Z|\A[/\\]|\A[a-zA-Z]:[/\\]|(\A|[/\\])\.\.([/\\]|\Z)|\0")
+_NUMERAL = re.compile(r"-?[0-9]{1,18}")
 _GAP = re.compile(rb"}\s*(,)\s*{")  # between two objects of a list, or within a text
 
 _Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -96,12 +168,12 @@ _Float = Annotated[float, msgspec.Meta(ge=-1.7976931348623157e308, le=1.79769313
 class _Image(msgspec.Struct, gc=False):
     id: _Int
     file_name: str
-    width: _Int
-    height: _Int
+    width: _Int = 0
+    height: _Int = 0
 
 
-class _Annotation(msgspec.Struct, gc=False):
-    id: _Int
+class _Annotation(msgspec.Struct, gc=False, kw_only=True):
+    id: _Int = NOT_GIVEN
     image_id: _Int
     category_id: _Int
     bbox: tuple[_Float, _Float, _Float, _Float]
@@ -139,7 +211,8 @@ class Annotations:
     Attributes:
         path: the JSON file.
         image_ids: `[I]` int64.
-        sizes: `[I, 2]` int32 (H, W), pixels.
+        sizes: `[I, 2]` int32 (H, W), pixels; 0 where the file has none (`coco_utils.locate_images`
+            takes them from the images).
         names, name_offsets: uint8 text of all file names, and `[I + 1]` where each begins.
         offsets: `[I + 1]` int64; image i has the annotations offsets[i] to offsets[i + 1].
         ids: `[N]` int64 annotation ids; within an image in file order.
@@ -262,8 +335,27 @@ class Finding:
     fix: str
 
     def __str__(self) -> str:
-        more = f" and {self.count - len(self.cases)} more" if self.count > len(self.cases) else ""
-        return f"{self.severity}: {self.what}: {', '.join(self.cases)}{more} ({self.fix})"
+        """Return one line of at most `LINE` characters, with the count and the fix."""
+        head = f"{self.severity}: {self.what}"
+        head += f" ({self.count:,}): " if self.count > 1 else ": "
+        tail = f" ({self.fix})"
+        for shown in range(len(self.cases), 0, -1):
+            more = ", …" if self.count > shown else ""
+            cases = ", ".join(map(one_line, self.cases[:shown])) + more
+            if len(head + cases + tail) <= LINE:
+                return head + cases + tail
+        more = ", …" if self.count > 1 else ""
+        room = max(20, LINE - len(head + more + tail))
+        return head + one_line("".join(self.cases[:1]), room) + more + tail
+
+
+def one_line(text: str, length: int = LINE) -> str:
+    """Return `text` as one line of printable characters, its middle cut if it is too long."""
+    text = printable(text)
+    if len(text) <= length:
+        return text
+    end = (length - 1) * 2 // 3  # of a path the end tells more
+    return text[: length - 1 - end] + "…" + text[-end:]
 
 
 def finding(
@@ -320,8 +412,11 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         raise UserError(f"the annotation file {path} does not exist; check --data-path")
     if path.stat().st_size == 0:
         return None, finding("annotation file that is empty", [path.name])
-    with path.open("rb") as file:  # a private copy, of which only pages written to take room
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data = _read(path)
+    bom: list[Finding] = []
+    if data[:3] == codecs.BOM_UTF8:
+        data[:3] = b"   "
+        bom = finding("annotation file with a byte order mark", [path.name])
     try:
         _require_utf8(data)
         spans = _find_lists(data)
@@ -331,13 +426,32 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
             for name, kind in _LISTS.items()
         ]
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        return _diagnose(path, str(error))
+        annotations, found = _read_leniently(path, str(error))
+        return annotations, bom + found
     annotations, more = _check(path, *columns)
     if "annotations" not in spans:
         annotations = dataclasses.replace(annotations, is_annotated=False)
         more = [other for other in more if other.what != "categories without boxes"]
         found += finding("no list of annotations", ["$.annotations"])
-    return annotations, found + more
+    return annotations, bom + found + more
+
+
+def _read(path: Path) -> mmap.mmap:
+    """Return a copy of a file, in memory that goes back to the system when it is no longer used.
+
+    The file itself is not mapped: if somebody cuts it meanwhile, the process would get SIGBUS.
+
+    Raises:
+        UserError: if the file cannot be read, or becomes shorter meanwhile.
+    """
+    with file_errors("read", path), path.open("rb") as file:
+        data = mmap.mmap(-1, max(1, os.fstat(file.fileno()).st_size))
+        done = 0
+        while count := file.readinto(memoryview(data)[done:]):
+            done += count
+    if done < len(data):
+        raise UserError(f"{path} became shorter while it was read; start again when it is complete")
+    return data
 
 
 def _check(
@@ -347,13 +461,62 @@ def _check(
     categories: dict[str, np.ndarray],
 ) -> tuple[Annotations, list[Finding]]:
     """Apply the rules on what the lists say, and pack them."""
+    found = _leave_out_doubles(rows, categories) + _number_annotations(rows)
     by_id = np.argsort(categories["id"], kind="stable")
     categories = {field: column[by_id] for field, column in categories.items()}
     rows["image"] = _positions(images["id"], rows["image_id"])
     rows["category"] = _positions(categories["id"], rows["category_id"])
     with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308, reported as outside
-        found = _check_images(images, categories) + _check_boxes(images, rows, categories)
-        return _pack(path, images, rows, categories), found
+        found += _check_images(images, categories) + _check_rows(images, rows, categories)
+        annotations = _pack(path, images, rows, categories)
+        if (annotations.sizes != 0).all():  # else `coco_utils.locate_images` finds the sizes first
+            found += check_boxes(annotations)
+        return annotations, found
+
+
+def _leave_out_doubles(
+    rows: dict[str, np.ndarray], categories: dict[str, np.ndarray]
+) -> list[Finding]:
+    """Leave out categories without boxes that have the name of another, as Roboflow writes them.
+
+    Where no category of a name has boxes, the one with the highest id stays.
+    """
+    ids, names = categories["id"], categories["name"]
+    if len(_repeated(names)) == 0:
+        return []
+    is_used = np.isin(ids, rows["category_id"])
+    is_double = np.zeros(len(ids), bool)
+    for name in _repeated(names):
+        same = np.flatnonzero(names == name)
+        kept = same[is_used[same]] if is_used[same].any() else same[[ids[same].argmax()]]
+        is_double[np.setdiff1d(same, kept)] = True
+    is_double &= ~np.isin(ids, _repeated(ids))  # two of one id are an error of their own
+    doubles = [f"{ids[i]} {names[i]!r}" for i in np.flatnonzero(is_double)]
+    for field, column in categories.items():
+        categories[field] = column[~is_double]
+    return finding("unused categories with the name of another", doubles)
+
+
+def _number_annotations(rows: dict[str, np.ndarray]) -> list[Finding]:
+    """Number annotations by their place where ids are missing or are unique within images only.
+
+    No id is used elsewhere. An id twice in one image may be a box twice, and is an error.
+    """
+    ids, images = rows["id"], rows["image_id"]
+    places = np.arange(1, len(ids) + 1)
+    is_missing = np.isin(ids, NOT_GIVEN)
+    if is_missing.any():
+        rows["id"] = places
+        return finding("annotations without id", places[is_missing], lambda i: f"number {i}")
+    repeated = _repeated(ids)
+    if len(repeated) == 0:
+        return []
+    order = np.lexsort((ids, images))
+    is_same = (np.diff(ids[order]) == 0) & (np.diff(images[order]) == 0)
+    if is_same.any():
+        return finding("annotation ids that occur twice", np.unique(ids[order][1:][is_same]))
+    rows["id"] = places
+    return finding("annotation ids that start again in each image", repeated)
 
 
 def _require_utf8(data: mmap.mmap) -> None:
@@ -461,7 +624,9 @@ def _check_images(
     images: dict[str, np.ndarray], categories: dict[str, np.ndarray]
 ) -> list[Finding]:
     ids, names, width, height = (images[k] for k in ("id", "file_name", "width", "height"))
-    is_unsafe = [number for number, name in enumerate(names) if _UNSAFE_NAME.search(name)]
+    is_unsafe = [number for number, name in enumerate(names) if is_unsafe_name(name)]
+    is_unknown = (width == 0) | (height == 0)
+    background = [name for name in categories["name"] if name.strip("_ ").lower() == "background"]
     too_large = width.astype(np.float64) * height > MAX_PIXELS
 
     def named(number: int) -> str:
@@ -476,46 +641,118 @@ def _check_images(
         *finding("image ids that occur twice", _repeated(ids)),
         *finding("category ids that occur twice", _repeated(categories["id"])),
         *finding("category names that occur twice", _repeated(categories["name"])),
-        *finding("width or height not positive", (width <= 0) | (height <= 0), sized),
+        *finding("categories named background", background, repr),
+        *finding("images without width or height", is_unknown, named),
+        *finding("width or height not positive", (width < 0) | (height < 0), sized),
         *finding("images over 89 megapixels", too_large, sized),
         *finding("file_name not below the image folder", is_unsafe, named),
         *finding("images that share a file", _repeated(names), repr),
     ]
 
 
-def _check_boxes(
+def is_unsafe_name(name: str) -> bool:
+    """Return whether a file name leads out of the image folder, or is none."""
+    return _UNSAFE_NAME.search(name) is not None
+
+
+def _check_rows(
     images: dict[str, np.ndarray], rows: dict[str, np.ndarray], categories: dict[str, np.ndarray]
 ) -> list[Finding]:
-    ids, boxes, crowd = rows["id"], rows["bbox"], rows["iscrowd"]
-    limit = np.stack([images["width"], images["height"]], axis=1)
-    limit = np.append(limit, [[2**31, 2**31]], axis=0)[rows["image"]]  # [N, 2]; -1 is no limit
-    is_flat = (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)
-    is_lost = ~is_flat & ~has_extent(clip(to_xyxy(boxes), limit.astype(np.float32)))
-    ends = boxes[:, :2] + boxes[:, 2:]
-    is_cut = ((boxes[:, :2] < -MIN_SIDE) | (ends > limit + MIN_SIDE)).any(axis=1)
+    """Apply the rules on annotations that need no size of an image."""
+    ids, crowd = rows["id"], rows["iscrowd"]
     is_used = np.isin(categories["id"], rows["category_id"])
     is_missing = np.isin(crowd, NOT_GIVEN)
     is_known = np.isin(crowd, (0, 1)) | is_missing
-
-    def box(row: int) -> str:
-        return f"{ids[row]} {boxes[row].tolist()}"
+    is_lost = rows["image"] < 0
+    if len(images["id"]) and is_lost.all():
+        unknown = "annotations that all are of an unknown image_id"
+    else:
+        unknown = "annotations of an unknown image_id"
 
     def of(field: str) -> Callable[[int], str]:
         return lambda row: f"{ids[row]} ({field} {rows[field][row]})"
 
     return [
-        *finding("annotation ids that occur twice", _repeated(ids)),
-        *finding("annotations of an unknown image_id", rows["image"] < 0, of("image_id")),
+        *finding(unknown, is_lost, of("image_id")),
+        *_find_shift("image_id shifted by one against the images", images, rows["image_id"]),
         *finding("annotations of an unknown category_id", rows["category"] < 0, of("category_id")),
+        *_find_shift(
+            "category_id shifted by one against the categories", categories, rows["category_id"]
+        ),
         *finding("annotations with iscrowd other than 0 or 1", ~is_known, of("iscrowd")),
         *finding("annotations without iscrowd", ids[is_missing]),
         *finding("annotations without area", ids[np.isnan(rows["area"])]),
         *finding("annotations with the id 0", np.isin(ids, 0), of("image_id")),
-        *finding("boxes without width or height", is_flat, box),
-        *finding("boxes outside of their image, or thinner than 0.001 px", is_lost, box),
-        *finding("boxes partly outside of their image", is_cut & ~is_lost & ~is_flat, box),
         *finding("categories without boxes", categories["name"][~is_used]),
     ]
+
+
+def _find_shift(what: str, entries: dict[str, np.ndarray], wanted: np.ndarray) -> list[Finding]:
+    """Find ids of which some are unknown, and all are known after adding or taking off 1."""
+    ids, wanted = np.unique(entries["id"]), np.unique(wanted)
+    if len(ids) == 0 or len(wanted) == 0 or np.isin(wanted, ids).all():
+        return []
+    shifts = [shift for shift in (1, -1) if np.isin(wanted + shift, ids).all()]
+    spans = f"{wanted[0]} to {wanted[-1]}, but the ids are {ids[0]} to {ids[-1]}"
+    return finding(what, [spans] if shifts else [])
+
+
+def check_boxes(annotations: Annotations) -> list[Finding]:
+    """Hold all boxes to the sizes of their images, which must be known."""
+    ids, boxes = annotations.ids, annotations.boxes_xywh
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308, reported as outside
+        limit = annotations.sizes[annotations.image_of_annotation(), ::-1]  # [N, 2]
+        is_flat = (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)
+        is_lost = ~is_flat & ~has_extent(clip(to_xyxy(boxes), limit.astype(np.float32)))
+        is_out = boxes[:, :2] + boxes[:, 2:] > limit + MIN_SIDE  # [N, 2]
+        is_cut = ((boxes[:, :2] < -MIN_SIDE) | is_out).any(axis=1) & ~is_lost & ~is_flat
+        is_share = ((boxes >= 0) & (boxes <= 1)).all(axis=1) & ~is_flat
+        most = is_share.sum() >= FEW_BOXES and is_share.sum() * 2 > (~is_flat).sum()
+        if not most or (boxes[is_share] % 1 == 0).all():
+            is_share[:] = False
+
+    def box(row: int) -> str:
+        return f"{ids[row]} {[float(f'{number:.6g}') for number in boxes[row]]}"
+
+    return [
+        *finding("boxes without width or height", is_flat, box),
+        *finding("boxes outside of their image, or thinner than 0.001 px", is_lost, box),
+        *finding("boxes partly outside of their image", is_cut, box),
+        *finding("boxes that look like shares of the image", is_share, box),
+        *finding(
+            "boxes that look like x1 y1 x2 y2", _corner_statistics(boxes[~is_flat], limit[~is_flat])
+        ),
+    ]
+
+
+def _corner_statistics(boxes: np.ndarray, limit: np.ndarray) -> list[str]:
+    """Say how boxes (x, y, w, h) show that they hold two corners; nothing where they do not.
+
+    All but 2 % must be right as corners, within the image. And a tenth must leave it as x y w h, or
+    the third and fourth number grow with the first and second, against which w and h fall.
+    """
+    if len(boxes) < FEW_BOXES:
+        return []
+    first, last = boxes[:, :2], boxes[:, 2:]
+    if (last[:, 0] > first[:, 0]).mean() < 0.98:  # so for most sets, and quickly seen
+        return []
+    fits = ((first >= 0) & (last > first) & (last <= limit + 1)).all(axis=1)
+    leaves = (first + last > limit + 1).any(axis=1)
+    if fits.mean() < 0.98:
+        return []
+    if leaves.mean() >= 0.1:
+        return [
+            f"{leaves.sum():,} of {len(boxes):,} leave the image as x y w h, {(~fits).sum()} so"
+        ]
+    if len(boxes) < 10 * FEW_BOXES:
+        return []
+    first, last = first / limit, last / limit
+    if (first.std(axis=0) == 0).any() or (last.std(axis=0) == 0).any():
+        return []
+    x, y = (float(np.corrcoef(first[:, axis], last[:, axis])[0, 1]) for axis in (0, 1))
+    if min(x, y) < 0.5:
+        return []
+    return [f"w grows with x, and h with y, in {len(boxes):,} boxes (correlation {x:.2f}, {y:.2f})"]
 
 
 def _positions(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -550,38 +787,28 @@ def has_extent(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(axis=1)
 
 
-def _diagnose(path: Path, message: str) -> tuple[Annotations | None, list[Finding]]:
-    """Find everything that keeps a file from being COCO JSON; slow, for files that failed.
+def _read_leniently(path: Path, message: str) -> tuple[Annotations | None, list[Finding]]:
+    """Read a file that the strict reader refused: mend what has one meaning, list what is wrong.
 
-    Where only annotations are wrong, the others are held to all other rules, and returned.
+    Slow, as Python reads it. Where only annotations are wrong, the others are held to all other
+    rules, and returned.
     """
     other = finding("annotation file that is not COCO's", [message])
     if os.path.getsize(path) > DIAGNOSED:
         return None, other
-    data = path.read_bytes()
-    try:
-        document = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return None, finding("annotation file that is not UTF-8", [f"byte {error.start}"])
-    except (ValueError, RecursionError) as error:
-        bom = data.startswith(codecs.BOM_UTF8)
-        what = "not UTF-8" if bom else "not JSON, or cut short"
-        return None, finding(f"annotation file that is {what}", ["byte 0" if bom else error])
+    document, found = _parse(path.read_bytes())
+    if document is None and found:
+        return None, found
     if not isinstance(document, dict):
         is_list = isinstance(document, list)
         seen = "$ is a list, as in a file of detections" if is_list else "$ is no object"
         return None, finding("annotation file that is not COCO's", [seen])
-    found: list[Finding] = []
+    mended = _mend(document)
     wrong = {
         name: _wrong_rows(document.get(name), name, kind, found) for name, kind in _LISTS.items()
     }
-    if (
-        not found
-        or wrong["images"] != set()
-        or wrong["categories"] != set()
-        or (wrong["annotations"] is None)
-    ):
-        return None, found or other
+    if wrong["images"] != set() or wrong["categories"] != set() or wrong["annotations"] is None:
+        return None, mended + found
     rest = [row for i, row in enumerate(document["annotations"]) if i not in wrong["annotations"]]
     lists = document | {"annotations": rest}
     columns = [
@@ -589,8 +816,105 @@ def _diagnose(path: Path, message: str) -> tuple[Annotations | None, list[Findin
         for name, kind in _LISTS.items()
     ]
     annotations, more = _check(path, *columns)
-    # Of a part of the boxes warnings, such as of classes without any, would mislead.
-    return annotations, found + [error for error in more if error.severity == "error"]
+    if found:  # of a part of the boxes warnings, such as of classes without any, would mislead
+        more = [error for error in more if error.severity == "error"]
+    return annotations, mended + found + more
+
+
+def _parse(data: bytes) -> tuple[Any, list[Finding]]:
+    """Read JSON as Python does; say where it is none, and which lists are given twice."""
+    encoding = json.detect_encoding(data)
+    if not encoding.startswith("utf-8"):
+        return None, finding("annotation file in UTF-16 or UTF-32", [f"it is {encoding.upper()}"])
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal outermost
+        outermost = pairs
+        return dict(pairs)
+
+    try:
+        text = data.decode(encoding)
+        document = json.loads(text, object_pairs_hook=keep)
+    except UnicodeDecodeError as error:
+        return None, finding("annotation file that is not UTF-8", [f"byte {error.start}"])
+    except json.JSONDecodeError as error:
+        problem, start = error.msg.removesuffix(" at"), len(text[: error.pos].encode())
+        if problem == "Extra data":
+            problem = "a second value, as in JSON Lines,"
+        place = f"{problem} at byte {start} (line {error.lineno})"
+        return None, finding("annotation file that is not JSON, or cut short", [place])
+    except (ValueError, RecursionError) as error:
+        return None, finding("annotation file that is not JSON, or cut short", [error])
+    names = [name for name, _ in outermost] if isinstance(document, dict) else []
+    twice = [f"$.{name}" for name in _LISTS if names.count(name) > 1]
+    return document, finding("list given twice, of which one would be lost", twice)
+
+
+# Fields that hold whole numbers. Within a group a number written as text must be one number only.
+_WHOLE = {
+    "images": ("id", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "iscrowd"),
+    "categories": ("id",),
+}
+_GROUPS = (
+    (("images", "id"), ("annotations", "image_id")),
+    (("categories", "id"), ("annotations", "category_id")),
+    *(((name, field),) for name, field in (("annotations", "id"), ("annotations", "iscrowd"))),
+    *((("images", field),) for field in ("width", "height")),
+)
+_ABSENT = {("images", "width"), ("images", "height")} | {
+    ("annotations", field) for field in ("id", "area", "iscrowd")
+}  # null and NaN say no more than a missing field does
+
+
+def _mend(document: dict[str, Any]) -> list[Finding]:
+    """Rewrite in place what is not COCO's type and has one meaning; return what was rewritten."""
+    lists = {name: document.get(name) for name in _LISTS}
+    rows: dict[str, list[Any]] = {k: v if isinstance(v, list) else [] for k, v in lists.items()}
+    for name, field in _ABSENT:
+        for row in rows[name]:
+            if isinstance(row, dict) and field in row:
+                value = row[field]
+                if value is None or isinstance(value, float) and math.isnan(value):
+                    del row[field]
+    floats: list[tuple[str, int, str, Any]] = []
+    for name, fields in _WHOLE.items():
+        for i, row in enumerate(rows[name]):
+            for field in fields if isinstance(row, dict) else ():
+                value = row.get(field)
+                if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+                    floats.append((name, i, field, value))
+                    row[field] = int(value)
+    texts: list[tuple[str, int, str, Any]] = []
+    for group in _GROUPS:
+        found = [
+            (name, i, field, row[field])
+            for name, field in group
+            for i, row in enumerate(rows[name])
+            if isinstance(row, dict) and isinstance(row.get(field), str)
+        ]
+        values = {value for *_, value in found}
+        if not all(_NUMERAL.fullmatch(value) for value in values):
+            continue
+        counts = [sum(f[:1] + f[2:3] == key for f in found) for key in group]
+        all_or_none = all(
+            count in (0, len(rows[key[0]])) for key, count in zip(group, counts, strict=True)
+        )
+        is_flag = group[0][1] == "iscrowd"
+        if is_flag or all_or_none and len({int(value) for value in values}) == len(values):
+            for name, i, field, value in found:
+                rows[name][i][field] = int(value)
+            texts += found
+
+    def show(case: tuple[str, int, str, Any]) -> str:
+        name, i, field, value = case
+        return f"$.{name}[{i}].{field} = {json.dumps(value)}"
+
+    return [
+        *finding("whole numbers written as 1.0", floats, show),
+        *finding("whole numbers written as text", texts, show),
+    ]
 
 
 def _wrong_rows(
@@ -598,7 +922,8 @@ def _wrong_rows(
 ) -> set[int] | None:
     """Return which rows of a list are not of its kind, None if it is no list; add to `found`."""
     if not isinstance(rows, list):
-        found += finding("list missing", [f"$.{name}"])
+        kind_of = " is an object, not a list" if isinstance(rows, dict) else ""
+        found += finding("list missing", [f"$.{name}{kind_of}"])
         return None
     places = [i for i, row in enumerate(rows) if not isinstance(row, dict)]
     found += finding("entries that are not an object", [f"$.{name}[{i}]" for i in places])
@@ -612,9 +937,15 @@ def _wrong_rows(
             f"$.{name}[{i}].{field.name} {_quote(rows[i], field.name)} (id {rows[i].get('id')})"
             for i in misfits
         ]
+        if field.name == "bbox" and all(_is_text_box(rows[i].get("bbox")) for i in misfits):
+            what = "bbox with numbers written as text"
         found += finding(what, shown)
         wrong |= set(misfits)
     return wrong
+
+
+def _is_text_box(box: Any) -> bool:
+    return isinstance(box, list) and any(isinstance(number, str) for number in box)
 
 
 def _fits(row: dict[str, Any], field: msgspec.structs.FieldInfo) -> bool:

@@ -40,7 +40,10 @@ _ABOUT, _WRITTEN = "about.json", "written.json"
 def folder() -> Path:
     """Return where this project keeps what it can build anew: `$XDG_CACHE_HOME`, or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "retinanet-reference"
+    try:
+        return (Path(cache) if cache else Path.home() / ".cache") / "retinanet-reference"
+    except RuntimeError:
+        raise OSError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
 
 
 def built_once(place: Path, key: Any, build: Callable[[Path], None]) -> None:
@@ -147,7 +150,7 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         if not examined or _state(path) != state:
             raise
         return examined[0]
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except OSError as error:  # also where there is no home
         annotations, findings = examined[0] if examined else coco_json.examine(path)
         case = f"{type(error).__name__}: {error}"
         return annotations, findings + coco_json.finding(

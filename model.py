@@ -39,7 +39,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import retinanet
 from folding import fold_frozen_batch_norm
-from utils import UserError
+from utils import UserError, printable
 
 logger = logging.getLogger("retinanet")
 
@@ -472,6 +472,16 @@ def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> N
     _require_finite(state, f"--resume {source}")
 
 
+def _require_tensors(state: Any, source: str) -> None:
+    """Raise UserError, with the first that is none, if `state` is not tensors by name."""
+    if not isinstance(state, dict):
+        raise UserError(f"{source}: its weights are a {type(state).__name__}, not tensors by name")
+    wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        found = f"{', '.join(wrong[:3])} is no tensor" if wrong else "it is empty"
+        raise UserError(f"{source}: not weights, which are tensors by name: {found}")
+
+
 def _require_finite(state: Mapping[str, Any], source: str) -> None:
     """Raise UserError, with the first names, if `state` has tensors with NaN or infinity.
 
@@ -680,6 +690,7 @@ def read_weights(source: str, flag: str) -> Weights:
         if not isinstance(content, dict):
             raise UserError(f"{flag} {source}: holds a {type(content).__name__}, not weights")
         state = content.get("ema") or content.get("model") or content
+        _require_tensors(state, f"{flag} {source}")
         if content.get("ema"):
             logger.info("%s %s: of its weights the averaged ones (EMA) are taken", flag[2:], source)
         _require_finite(state, f"{flag} {source}")
@@ -811,7 +822,7 @@ def _log_classes(
         ("skipped, as the data lacks the class", [n for n in of_weights if n not in of_data]),
     ):
         if names:
-            shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+            shown = ", ".join(map(printable, names[:10])) + (", …" if len(names) > 10 else "")
             logger.info("  class scores %s: %d (%s)", what, len(names), shown)
 
 

@@ -152,6 +152,20 @@ def worker_warnings(workers: int, processes_here: int, cores: int) -> list[str]:
     ]
 
 
+def shared_memory_warnings(workers: int, processes_here: int, batch: int, free: int) -> list[str]:
+    """Return a warning if /dev/shm, with `free` bytes, may not hold the batches of the workers.
+
+    DataLoader keeps two batches per worker there, of `batch` bytes each, and one is in use.
+    """
+    needed = 3 * workers * processes_here * batch
+    if needed <= free:
+        return []
+    return [
+        f"/dev/shm has {free / 1e6:.0f} MB free and the loader workers may need "
+        f"{needed / 1e6:.0f} MB; start docker with --ipc=host, or give --workers 0"
+    ]
+
+
 def waiting_warnings(share: float, workers: int) -> list[str]:
     """Return a warning if the device waits for data for `share` of the time, at most 1."""
     if share <= WAITING:

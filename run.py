@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -238,7 +237,10 @@ class Run:
                     not (settings["weights"] or settings["weights_backbone"]),
                     settings["clip_grad_norm"],
                 ),
-                *progress.worker_warnings(settings["workers"], processes_here, os.cpu_count() or 1),
+                *progress.worker_warnings(
+                    settings["workers"], processes_here, utils.usable_cores()
+                ),
+                *self._shared_memory_warnings(data, processes_here),
                 *progress.precision_warnings(settings["amp"], self.processes.device),
                 *self._disk_use(steps_per_epoch)[1],
             ]
@@ -259,6 +261,18 @@ class Run:
         if self.state.epoch and not self.state.position:
             name = f"model_{self.state.epoch - 1}.pth"
             self.processes.on_main(lambda: self._keep(name, anew=False))
+
+    def _shared_memory_warnings(
+        self, data: coco_utils.CocoDetection, processes_here: int
+    ) -> list[str]:
+        if not Path("/dev/shm").is_dir():  # not on macOS
+            return []
+        pixels = float(data.sizes().astype(np.float64).prod(axis=1).mean())
+        batch = int(self.settings["batch_size"] * 3 * pixels)
+        free = shutil.disk_usage("/dev/shm").free
+        return progress.shared_memory_warnings(
+            self.settings["workers"], processes_here, batch, free
+        )
 
     def _newest_is_this_step(self) -> bool:
         path = self.folder / checkpoint.NEWEST
@@ -302,7 +316,7 @@ class Run:
         count = sum(parameter.numel() for parameter in self.state.model.parameters())
         trained = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
         images = f"{len(data)} of {len(data.annotations)} images to train on"
-        classes = [category["name"] for category in data.label_map]
+        classes = [utils.printable(category["name"]) for category in data.label_map]
         names = ", ".join(classes)
         return {
             "data": f"{images}, {len(self.evaluation.data)} to evaluate",

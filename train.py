@@ -13,8 +13,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
+import signal
 import sys
 import traceback
 import warnings
@@ -472,6 +474,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError("--data-path is missing: a folder in COCO layout, or --dataset shapes")
     if args.dataset in formats.LAYOUTS and not args.data_path:
         raise UserError(f"--data-path is missing: the folder for --dataset {args.dataset}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: the package is missing; pip install -e '.[tensorboard]'")
     if args.test_only and not args.resume and not args.weights:
         raise UserError("--test-only needs what to test: --resume CHECKPOINT or --weights NAME")
 
@@ -495,7 +499,10 @@ def data_paths(
 ) -> dict[str, Path]:
     """Return where "train_images", "train_annotations", "val_images" and "val_annotations" are."""
     if dataset == "shapes":
-        folder = shapes.make_shapes(folder or data_cache.folder())
+        with utils.file_errors("find", "a folder for the drawn images"):
+            place = folder or data_cache.folder()
+        with utils.file_errors("draw images in", place):
+            folder = shapes.make_shapes(place)
     folder = folder or Path()
     paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
     for split in ("train", "val"):
@@ -508,7 +515,7 @@ def data_paths(
 def read_splits(
     paths: dict[str, Path], splits: Sequence[str], allow_unannotated: bool = False
 ) -> list[coco_utils.Annotations]:
-    """Read the annotations of `splits`, log all warnings, and see that the images are there.
+    """Read the annotations of `splits`, find the images, and log all warnings.
 
     Args:
         allow_unannotated: take a file without annotations, which is enough to detect.
@@ -516,7 +523,8 @@ def read_splits(
     Raises:
         UserError: lists what is missing or wrong, in all splits.
     """
-    read, problems = [], []
+    read: list[coco_utils.Annotations] = []
+    problems = []
     for split in splits:
         images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
         if not images.is_dir():
@@ -524,8 +532,10 @@ def read_splits(
             continue
         try:
             packed, findings = data_cache.examine(annotations)
+            findings = formats.kept_findings(annotations) + findings
             if packed is not None:
-                findings += coco_utils.missing_images(packed, images)
+                packed, more = coco_utils.locate_images(packed, images)
+                findings = findings + more
             if packed is not None and allow_unannotated and not packed.is_annotated:
                 findings = [f for f in findings if f.what not in coco_json.UNANNOTATED]
             coco_json.require_no_errors(annotations, findings)
@@ -538,6 +548,10 @@ def read_splits(
             logger.warning("%s: %s", annotations.name, warning)
     if problems:
         raise UserError("\n".join(problems))
+    if len(read) == 2:
+        val, train = ((read[splits.index(s)], paths[f"{s}_images"]) for s in ("val", "train"))
+        for warning in coco_utils.overlap_findings(train, val):
+            logger.warning("%s: %s", val[0].path.name, warning)
     return read
 
 
@@ -654,6 +668,10 @@ def evaluation_of(
     """Build this process's share of the evaluation; `settings` are fields of `Evaluation`."""
     if settings["val_loss"] and not data.annotations.is_annotated:
         raise UserError(f"--val-loss: {data.annotations.path} has no annotations; leave it out")
+    if eval_batch_size > len(data):
+        raise UserError(
+            f"--eval-batch-size {eval_batch_size} is more than the {len(data)} images to evaluate"
+        )
     padded = padded_sizes(model, data.sizes())
     batches = same_size_batches(padded, eval_batch_size)
     shard = [[(0, i) for i in batch] for batch in batches[processes.rank :: processes.world_size]]
@@ -751,6 +769,7 @@ def main(args: argparse.Namespace) -> int:
         utils.follow_launcher()
         utils.set_determinism(args.use_deterministic_algorithms)
         processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
+        stack.enter_context(utils.worker_errors())
         should_stop = utils.StopSignal()
         folder = output_folder(args)
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
@@ -764,8 +783,11 @@ def main(args: argparse.Namespace) -> int:
         val = with_classes(val, saved.get("categories"))
         train = rest[0] if rest else val
         label_map = saved.get("categories") or coco_utils.label_categories(train.categories)
-        coco_utils.require_same_classes(label_map, train, str(resume))
-        coco_utils.require_same_classes(label_map, val, str(resume or train.path))
+        if not args.test_only:
+            coco_utils.match_classes(label_map, train, str(resume))
+        coco_utils.match_classes(label_map, val, str(resume or train.path))
+        if not args.test_only and not args.keep_empty:
+            coco_utils.require_boxes(train)
 
         # Model
         torch.manual_seed(args.seed)
@@ -848,6 +870,7 @@ def main(args: argparse.Namespace) -> int:
                 defaults=parser.defaults(),
                 explained=explained,
             )
+            checkpoint.require_fitting(saved, model, optimizer, scaler, resume)
             state.load_state_dict(saved)
         run = Run(folder, state, evaluation, vars(args) | identity, paths, stack)
         run.start(train_set, lr, sampler.steps_per_epoch)
@@ -889,6 +912,7 @@ def run_from_command_line() -> None:
     try:
         status = main(parse_args())
     except KeyboardInterrupt:  # later ones are taken by `utils.StopSignal`
+        status = 128 + signal.SIGINT
         print("error: interrupted before the run began", file=sys.stderr)
     except Exception as error:
         _print_error(error)
@@ -901,39 +925,16 @@ def run_from_command_line() -> None:
 
 def _print_error(error: Exception) -> None:
     """Print what a user can mend as one message, and anything else with its traceback."""
-    text = str(error).strip()
     if isinstance(error, utils.PeerError):
-        print(f"error: [rank {utils.launch_rank()}] {text}", file=sys.stderr)
-    elif isinstance(error, UserError):
-        is_image = isinstance(error, coco_utils.ImageError)
-        # All processes see the same flags and data, so one speaks; an image only one process saw.
-        if utils.launch_rank() == 0 or is_image:
-            if "Original Traceback" in text:  # raised in a DataLoader worker
-                text = text.splitlines()[-1].split(": ", 1)[-1]
-            print(f"error: {text}", file=sys.stderr)
-    elif (lost := lost_workers(error)) is not None:
-        print(f"error: [rank {utils.launch_rank()}] {lost}", file=sys.stderr)
-    else:
+        print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
+    elif not isinstance(error, UserError):
         traceback.print_exception(error)
-
-
-def lost_workers(error: Exception) -> str | None:
-    """Return what to say if a loader worker hangs or died, None for any other error."""
-    text = str(error).split("\n")[0]
-    if not isinstance(error, RuntimeError):
-        return None
-    if text.startswith("DataLoader timed out"):
-        return (
-            f"no loader worker delivered a batch for {utils.LOADER_TIMEOUT:.0f} seconds: the "
-            "storage of the images does not answer, or a worker is stopped (state D or T in ps); "
-            "then go on with --resume auto"
-        )
-    if text.startswith("DataLoader worker (pid"):
-        return (
-            f"a loader worker died: {text} Often the memory ran out (use fewer --workers), or "
-            "/dev/shm is small (docker run --ipc=host); then go on with --resume auto"
-        )
-    return None
+    # All processes see the same flags and data, so one speaks; an image only one process saw.
+    elif utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
+        text = str(error).strip()
+        if "Original Traceback" in text:  # raised in a DataLoader worker
+            text = text.splitlines()[-1].split(": ", 1)[-1]
+        print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":  # before fcntl, which is not there
+    sys.exit("error: this project needs Linux, macOS or WSL (wsl --install); Windows lacks fork")
+
 import ctypes
 import datetime
 import errno
@@ -12,9 +17,9 @@ import logging
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,6 +58,10 @@ class UserError(Exception):
 
     Commands print the message without a traceback. Every other exception keeps its traceback.
     """
+
+
+class LocalError(UserError):
+    """A UserError that perhaps only one of the processes sees: each prints its own."""
 
 
 class PeerError(Exception):
@@ -156,11 +165,17 @@ def processes(device: str) -> Iterator[Processes]:
     Raises:
         PeerError: names the processes that did not come to a collective operation of gloo. NCCL
             ends a process that waits in vain by itself.
+        LocalError: if the launcher's variables are wrong, or there is no GPU for this process.
     """
-    rank, world_size = launch_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size, local_rank = _check_launch()
     place = torch.device(device)
     if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.index or 0)))
+        place = torch.device("cuda", place.index or 0 if local_rank is None else local_rank)
+        if place.index >= torch.cuda.device_count():
+            raise LocalError(
+                f"LOCAL_RANK {place.index}: this machine has {torch.cuda.device_count()} GPUs for "
+                "this run; start one process for each with --nproc_per_node"
+            )
         torch.cuda.set_device(place)
     if world_size == 1:
         yield Processes(place)
@@ -205,7 +220,45 @@ def _store_of_this_attempt() -> dist.Store:
 
 def launch_rank() -> int:
     """Return this process's rank as its launcher says, 0 without a launcher."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0  # `processes` refuses it
+
+
+def _check_launch() -> tuple[int, int, int | None]:
+    """Return rank, number of processes and LOCAL_RANK, as torchrun sets them for each process.
+
+    Raises:
+        LocalError: names the variable that is missing or wrong.
+    """
+    least = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    numbers = {name: os.environ[name] for name in least if name in os.environ}
+    for name, text in numbers.items():
+        if not text.isdecimal() or int(text) < least[name]:
+            raise LocalError(
+                f"{name}={text} in the environment is no number from {least[name]}; start with "
+                "torchrun, or unset it"
+            )
+    rank, world_size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+    needed = ("WORLD_SIZE", *needed) if "RANK" in numbers else needed
+    for name in needed:
+        if name not in os.environ:
+            given = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+            raise LocalError(
+                f"{given}={numbers[given]} is in the environment and {name} is not; start with "
+                f"torchrun, or unset {given}"
+            )
+    if rank >= world_size:
+        raise LocalError(
+            f"RANK={rank} in the environment is not less than WORLD_SIZE={world_size}; start with "
+            "torchrun, or unset both"
+        )
+    port = os.environ.get("MASTER_PORT", "")
+    if world_size > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise LocalError(
+            f"MASTER_PORT={port} in the environment is no port; start with torchrun, or unset it"
+        )
+    return rank, world_size, int(numbers["LOCAL_RANK"]) if "LOCAL_RANK" in numbers else None
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -275,10 +328,17 @@ def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
         "%(asctime)s %(message)s" if is_main else f"%(asctime)s [rank {launch_rank()}] %(message)s"
     )
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(layout, "%H:%M:%S"))
+        handler.setFormatter(PrintableFormatter(layout, "%H:%M:%S"))
     logger.handlers = handlers
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main else logging.WARNING)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use; the machine may have more."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def default_device() -> str:
@@ -312,13 +372,32 @@ def file_errors(verb: str, path: Path | str) -> Iterator[None]:
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from error
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Return text from data, such as a class name, safe to print: control characters are escaped.
+
+    Terminals obey ANSI sequences, and a line break would forge a line of the log.
+
+    Args:
+        keep: characters that are left as they are.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record without control characters; line breaks stay, for tables."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as safe text."""
+        return printable(super().format(record), keep="\n\t")
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Call the `main` of a command and exit with its status; print a `UserError` as one message."""
     mend_streams()
     try:
         sys.exit(main())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(printable(f"error: {error}", keep="\n"))
 
 
 @contextmanager
@@ -535,6 +614,47 @@ def ignore_stop_signals(worker: int) -> None:
     torch.set_num_threads(1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn what DataLoader raises if its workers lack memory, hang or die into a LocalError.
+
+    It raises them wherever the main process happens to be.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        problem = _worker_problem(error)
+        if problem is None:
+            raise
+        raise LocalError(problem) from error
+
+
+def _worker_problem(error: BaseException) -> str | None:
+    """Return what a user can do about an error of DataLoader or its workers; None if unknown."""
+    text, cause = str(error), error.__cause__ or error.__context__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__ or cause.__context__
+    if "Too many open files" in text or "received 0 items of ancdata" in text:
+        return "too many open files; allow more with ulimit -n 65536, or give a smaller --workers"
+    if re.search(r"DataLoader worker .*Bus error|</torch_.*No space left on device", text):
+        return (
+            "the loader workers have no room left in /dev/shm; start docker with --ipc=host (or "
+            "--shm-size=8g), or give --workers 0"
+        )
+    if "DataLoader timed out" in text:
+        return (
+            f"no loader worker delivered a batch for {LOADER_TIMEOUT:.0f} seconds: the storage of "
+            "the images does not answer, or a worker is stopped (state D or T in ps); look at "
+            "that, then go on with --resume auto"
+        )
+    if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
+        return (
+            "a loader worker was killed, perhaps as the machine ran out of memory (see dmesg); "
+            "give a smaller --workers or --batch-size"
+        )
+    return None
 
 
 def kill_workers() -> None:

@@ -21,6 +21,7 @@ from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
 import coco_json
 import coco_utils
+import formats
 from tools import check_data, data_plots
 from utils import UserError
 
@@ -32,7 +33,7 @@ def make_folder(root: Path, files: dict[str, bytes], document: Any = None) -> Pa
             {"id": i, "file_name": name, "width": 64, "height": 40}
             for i, name in enumerate(files, start=100)
         ]
-        boxes = [annotation(1, 100, 1, [1, 1, 9, 9]), annotation(2, 100, 2, [1, 1, 9, 9])]
+        boxes = [annotation(1, 100, 1, [1, 2, 12, 9]), annotation(2, 100, 2, [20, 3, 9, 14])]
         document = valid() | {"images": images, "annotations": boxes}
     (root / "annotations").mkdir(parents=True)
     for split in ("train2017", "val2017"):
@@ -64,6 +65,10 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     files["lost.jpg"] = restarts[:place] + b"\x55" * 20 + restarts[place:]
     files["alpha.png"] = encoded(with_alpha(PICTURE), format="PNG")
     files["alpha.webp"] = encoded(with_alpha(PICTURE), format="WEBP")
+    files["slow.gif"] = encoded(PICTURE, format="GIF")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    files["upside_down.jpg"] = encoded(PICTURE, format="JPEG", exif=exif)
     files["missing.jpg"] = files["link.jpg"] = JPEG
     root = make_folder(tmp_path / "data", files)
     (root / "train2017" / "missing.jpg").unlink()
@@ -79,27 +84,36 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     expected["image files with stray bytes"] = ["stray.jpg"]
     expected["image files with an alpha channel"] = ["alpha.png", "alpha.webp"]
     expected["image files missing"] = ["missing.jpg"]
-    expected["image files outside of the image folder"] = ["link.jpg"]
+    expected["image files in a slow format"] = ["slow.gif"]
+    expected["image files turned by EXIF, which their size cannot confirm"] = ["upside_down.jpg"]
     assert set(found) == set(expected)
     for rule, cases in expected.items():
         assert found[rule].count == len(cases), rule
         for case, text in zip(cases, found[rule].cases, strict=False):
             assert text.startswith(f"{100 + names.index(case)} {case!r}"), rule
     warned = {rule for rule, finding in found.items() if finding.severity == "warning"}
-    assert warned == {"image files with stray bytes", "image files with an alpha channel"}
+    assert warned == {
+        *("image files with stray bytes", "image files with an alpha channel"),
+        *("image files in a slow format",),
+        *("image files turned by EXIF, which their size cannot confirm",),
+    }
     rules = {rule for rule in coco_json.RULES if "image files" in rule}
-    assert rules - set(found) == {"image files that cannot be read"}  # in test_coco_utils
+    # Those are in test_coco_utils.
+    assert rules - set(found) == {
+        "image files that cannot be read",
+        "image files outside of the image folder",
+    }
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
     document = valid()
-    document["annotations"][0]["image_id"] = 11
+    document["annotations"][0]["category_id"] = 11
     document["images"][1]["file_name"] = "../../etc/passwd"
     cut = encoded(PICTURE.resize((100, 80)), format="JPEG")[:-9]
     files = {"a.jpg": cut, "ü.png": b""}
     found = findings(make_folder(tmp_path / "data", files, document))
     assert {
-        *("annotations of an unknown image_id", "file_name not below the image folder", DAMAGED),
+        *("annotations of an unknown category_id", "file_name not below the image folder", DAMAGED),
         "image files that are empty",
     } <= set(found)
 
@@ -145,7 +159,8 @@ def test_json_is_for_machines_and_errors_exit_1(tmp_path: Path) -> None:
     assert report["errors"] == 2  # one kind in each split
     train = report["splits"]["train"]
     assert train["findings"][0] | {"cases": []} == {
-        **{"severity": "error", "what": DAMAGED, "count": 1, "fix": "copy them again"},
+        **{"severity": "error", "what": DAMAGED, "count": 1},
+        "fix": "copy them again, or take them out",
         "cases": [],
     }
     assert train["findings"][0]["cases"][0].startswith("100 'a.jpg' is damaged")
@@ -161,7 +176,7 @@ def test_table_lists_findings_with_count_and_fix(tmp_path: Path) -> None:
     lines = [line.strip() for line in done.stdout.splitlines()]
     start = lines.index(f"ERROR{12:>11}  train: image files that are empty")
     assert lines[start + 1] == "100 '0.jpg' is empty"
-    assert lines[start + 11 : start + 13] == ["and 2 more", "→ copy them again"]
+    assert lines[start + 11 : start + 13] == ["and 2 more", "→ copy them again, or take them out"]
 
 
 def test_splits_with_different_classes_are_an_error(tmp_path: Path) -> None:
@@ -212,4 +227,4 @@ def test_the_documentation_lists_every_rule_as_it_is() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     rules = {row[0]: (row[1], row[2]) for row in rows if row[1] in ("error", "warning")}
-    assert rules == coco_json.RULES
+    assert rules == coco_json.RULES | formats.RULES

@@ -843,3 +843,99 @@ def test_changed_data_is_named_in_words_and_not_by_its_hash() -> None:
             {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=told
         )
     assert "a" * 64 not in str(error.value) and "b" * 64 not in str(error.value)
+
+
+# --- a checkpoint of the wrong structure ----------------------------------------------------------
+
+
+def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """A checkpoint after one step of a small model, and what it has to fit."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    kinds: dict[str, Any] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    options = {"momentum": 0.9} if opt == "sgd" else {}
+    optimizer = kinds[opt](model.parameters(), lr=0.1, **options)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16)
+    state = {
+        "model": model.state_dict(),
+        "ema": None,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        **{"epoch": 0, "step": 1, "position": 1, "window": {"loss": 1.0}, "best": None},
+        "args": {"batches_per_step": 1},
+        "categories": [{"id": 1, "name": "a", "label": 1}],
+    }
+    return state, (model, optimizer, scaler)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_checkpoint_of_the_same_run_fits(tmp_path: Path, opt: str, fp16: bool) -> None:
+    state, parts = _run_state(opt, fp16)
+    torch.save(state, tmp_path / "a.pth")
+    checkpoint.require_fitting(checkpoint.load(tmp_path / "a.pth"), *parts, tmp_path / "a.pth")
+
+
+def _change(**parts: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update(parts)
+
+
+WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no optimizer": (lambda s: s.pop("optimizer"), "lacks optimizer"),
+    "no position": (lambda s: s.pop("position"), "lacks position"),
+    "no args": (lambda s: s.pop("args"), "lacks args"),
+    "model a list": (_change(model=[1]), "'model' is not tensors"),
+    "model of numbers": (_change(model={"0.weight": 1}), "'model' is not tensors"),
+    "ema a number": (_change(ema=3), "'ema' is not tensors"),
+    "ema of another model": (_change(ema={"x": torch.ones(1)}), "'ema', 5 .* 0.weight is missing"),
+    "optimizer a string": (_change(optimizer="sgd"), "'optimizer' is not"),
+    "optimizer without state": (_change(optimizer={"param_groups": []}), "'optimizer' is not"),
+    "optimizer of another model": (
+        lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
+        r"'optimizer' is for \[3\] parameters by group, not \[4\]",
+    ),
+    "optimizer of another kind": (
+        lambda s: s.update(optimizer=_run_state("adamw")[0]["optimizer"]),
+        "'optimizer' lacks momentum",
+    ),
+    "momentum of another shape": (
+        lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(7)),
+        r"momentum_buffer 0 of its 'optimizer' is \[7\], not of shape \[3, 2\]",
+    ),
+    "scaler a list": (_change(scaler=[]), "'scaler' is not"),
+    "step negative": (_change(step=-1), "'step' is not a whole number"),
+    "epoch not whole": (_change(epoch=0.5), "'epoch' is not a whole number"),
+    "position a tensor": (_change(position=torch.ones(1)), "'position' is not a whole number"),
+    "step true": (_change(step=True), "'step' is not a whole number"),
+    "window a list": (_change(window=[1.0]), "'window' is not numbers"),
+    "best a string": (_change(best="0.5"), "'best' is not a number"),
+    "args a list": (_change(args=["--lr"]), "'args' is not flags"),
+    "batches per step 0": (_change(args={"batches_per_step": 0}), "'args' is not flags"),
+    "categories of text": (_change(categories=["a"]), "'categories' is not a list of classes"),
+    "weights of another shape": (
+        lambda s: s["model"].update({"1.bias": torch.ones(9)}),
+        r"1 tensors differ: 1.bias has the shape \[9\], not \[1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_checkpoint_of_wrong_structure_is_refused_with_its_name(
+    tmp_path: Path, name: str
+) -> None:
+    change, message = WRONG[name]
+    state, parts = _run_state()
+    change(state)
+    path = tmp_path / "wrong.pth"
+    torch.save(state, path)
+    with pytest.raises(UserError, match=message) as raised:
+        saved = checkpoint.as_own(checkpoint.load(path), {}, 1, path)
+        checkpoint.require_fitting(saved, *parts, path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_checkpoint_without_the_gradient_scale_does_not_fit_fp16(tmp_path: Path) -> None:
+    state, _ = _run_state()
+    with pytest.raises(UserError, match="'scaler' lacks scale, growth_factor"):
+        checkpoint.require_fitting(state, *_run_state(fp16=True)[1], tmp_path / "a.pth")

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores, class_table
+from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores, class_table, error_line
 from utils import Processes, UserError
 
 CPU = torch.device("cpu")
@@ -559,6 +559,52 @@ def test_the_class_table_has_twenty_rows_at_most() -> None:
     lines = class_table([*rows[:3], without]).splitlines()
     assert len(lines) == 5 and lines[4].split() == ["unseen", *"----", "0", "0"]
     assert len({len(line) for line in lines}) == 1  # columns stand below each other
+    lines = class_table([*rows[:3], *[without] * 30]).splitlines()
+    assert len(lines) == 1 + 3 + 1 and lines[4] == "… 30 more classes, 30 without boxes …"
+    lines = class_table([*rows[:25], *[without] * 2]).splitlines()
+    assert len(lines) == 1 + 20 and lines[11] == "… 8 more classes, 2 without boxes …"
+
+
+def test_a_class_name_cannot_write_lines_or_move_the_cursor() -> None:
+    name = "cat\n12:00 AP 1\x1b[2J"
+    row = {"name": name, "boxes": 1, "detections": 1}
+    lines = class_table([row | dict.fromkeys(("AP", "AP50", "AP75", "AR"), 0.5)]).split("\n")
+    assert len(lines) == 2 and lines[1].startswith(r"cat\n12:00 AP 1\x1b[2J ")
+    assert lines[1].isprintable() and len(lines[0]) == len(lines[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([], "no detections; 3 boxes missed"),
+        (
+            [[0, 60, 60, 30, 30, 0.9, 1]],
+            "AP50 gains nothing by correcting one kind of error (TIDE); 3 boxes missed, "
+            "1 detections wrong",
+        ),
+        (
+            [[image, 10, 10, 30, 30, 0.9, 2] for image in (0, 1)],
+            "AP50 lost to errors (TIDE): Cls 0.500",
+        ),
+    ],
+)
+def test_the_error_line_never_says_that_nothing_is_lost_where_boxes_are(
+    rows: list[list[float]], line: str
+) -> None:
+    truth = Truth(
+        image_ids=np.arange(3),
+        sizes=np.full((3, 2), 100, np.int32),
+        image=np.arange(3),
+        boxes_xywh=np.tile([10.0, 10, 30, 30], (3, 1)),
+        area=np.full(3, 900.0),
+        iscrowd=np.zeros(3, bool),
+        category_index=np.array([0, 0, 1], np.int32),
+        categories=((1, "a"), (2, "b")),
+    )
+    label_map = [{"id": i, "name": name, "label": i} for i, name in truth.categories]
+    evaluator, detections = CocoEvaluator(truth, label_map), np.array(rows).reshape(-1, 7)
+    analysis = evaluator.analyze(evaluator.evaluation(detections), detections)
+    assert error_line(analysis).startswith(line)
 
 
 def test_what_is_not_finite_is_refused_with_the_images() -> None:

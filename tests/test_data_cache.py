@@ -88,7 +88,7 @@ def test_small_files_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_changed_file_is_read_anew(json_file: Path) -> None:
     before, _ = data_cache.examine(json_file)
     about = json_file.stat()
-    content = json_file.read_bytes().replace(b"[10, 10, 20.25, 30]", b"[10, 10, 20.25, 31]")
+    content = json_file.read_bytes().replace(b"[15, 10, 20.25, 30]", b"[15, 10, 20.25, 31]")
     json_file.write_bytes(content)
     os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))  # same size, same time
     after, _ = data_cache.examine(json_file)
@@ -105,7 +105,9 @@ def test_a_change_anywhere_in_a_large_file_is_noticed(json_file: Path) -> None:
         json_file.write_bytes(old)
         about = json_file.stat()
         before, _ = data_cache.examine(json_file)
-        json_file.write_bytes(old.replace(b"[10, 10, 20.25, 30]", b"[10, 10, 20.25, 31]"))
+        changed = old.replace(b"20.25", b"20.75")
+        assert changed != old
+        json_file.write_bytes(changed)
         os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))
         after, _ = data_cache.examine(json_file)
         assert before is not None and after is not None
@@ -255,7 +257,7 @@ def test_nothing_is_unpickled(json_file: Path, tmp_path: Path, monkeypatch: Any)
 def test_files_with_errors_are_read_once_and_not_kept(
     tmp_path: Path, json_file: Path, reads: list[Path]
 ) -> None:
-    write(tmp_path, changed("annotations", 1, "image_id", to=11)())
+    write(tmp_path, changed("annotations", 0, "category_id", to=11)())
     annotations, findings = data_cache.examine(json_file)
     assert annotations is not None and [f.severity for f in findings] == ["error"]
     assert len(reads) == 1

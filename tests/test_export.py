@@ -83,3 +83,10 @@ def test_a_check_without_objects_proves_nothing(
 def test_without_images_to_check_on_it_says_so() -> None:
     with pytest.raises(UserError, match="--check"):
         export.images_to_check([], None)
+
+
+def test_an_image_that_cannot_be_checked_is_named(trained: Path, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cut.jpg: is no JPEG.*; give others by --check"):
+        export.main(["--checkpoint", str(trained), "--check", str(path)])

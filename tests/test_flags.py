@@ -11,6 +11,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 import checkpoint
 import train as train_script
 from flags import IGNORE, LOG, REFUSE, ArgumentParser, between, inside, non_negative, positive
+from tools import check_data, predict
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,20 @@ def test_a_command_of_the_docs_is_accepted_as_written(
             train_script.check_flags(args)
     else:
         train_script.check_flags(args)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/data.md"])
+def test_a_command_for_own_data_has_weights_or_adamw_with_clipping(page: str) -> None:
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    found = [
+        train_script.build_parser().parse_args(shlex.split(line)[2:])
+        for line in text.splitlines()
+        if re.match(r" {4}python train\.py .*--data-path (?!/coco)", line)
+    ]
+    assert found
+    for args in found:
+        is_safe = args.opt == "adamw" and args.clip_grad_norm == 1 and args.wd == 0.05
+        assert args.weights or args.weights_backbone or args.test_only or is_safe, args
 
 
 def test_the_docs_have_commands() -> None:
@@ -192,3 +208,9 @@ def test_a_checkpoint_takes_the_place_of_defaults() -> None:
     assert parser.values(args, "a") == {"folder": Path("f"), "size": 9, "other": "x"}
     assert parser.compared(args, LOG) == {"other": "x"}
     assert parser.defaults() == {"folder": None, "size": 3, "other": "x"}
+
+
+@pytest.mark.parametrize("tool", [check_data, predict])
+def test_every_number_of_a_tool_has_a_range(tool: ModuleType) -> None:
+    for action in tool.build_parser()._actions:
+        assert action.type not in (int, float), action.option_strings

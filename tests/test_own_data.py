@@ -22,7 +22,7 @@ from torchvision import models
 
 import train as train_script
 from model import build_model
-from tools import check_data, predict, visualize
+from tools import check_data, convert, predict, visualize
 
 PAGE = (ROOT / "docs" / "own_data.md").read_text()
 WEIGHTS = models.detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1
@@ -46,10 +46,10 @@ def block(start: str) -> list[str]:
 
 @pytest.fixture
 def place(bccd: Path, tmp_path: Path) -> Path:
-    """A folder that looks like the project's, with `mydata` in it and COCO's weights at hand."""
+    """A folder that looks like the project's, with `bccd` in it and COCO's weights at hand."""
     for path in [*ROOT.glob("*.py"), ROOT / "tools"]:
         (tmp_path / path.name).symlink_to(path)
-    (tmp_path / "mydata").symlink_to(bccd)
+    (tmp_path / "bccd").symlink_to(bccd)
     names = WEIGHTS.meta["categories"]
     label_map = [{"name": name, "label": i} for i, name in enumerate(names) if i]
     torch.manual_seed(0)
@@ -86,6 +86,7 @@ def run(command: str, place: Path) -> str:
 
 def test_the_commands_parse_and_are_in_the_readme() -> None:
     parsers = {
+        "tools.convert": convert.build_parser(),
         "tools.check_data": check_data.build_parser(),
         "tools.visualize batch": visualize.build_parser(),
         "tools.visualize anchor-fit": train_script.build_parser(),
@@ -99,7 +100,7 @@ def test_the_commands_parse_and_are_in_the_readme() -> None:
             if name.startswith(start):
                 parser.parse_args(shlex.split(name.removeprefix(start)))
                 seen.append(start)
-    assert seen == ["tools.check_data", *list(parsers)[1:3], "train.py", "tools.predict"]
+    assert seen == [*list(parsers)[:4], "train.py", "tools.predict"]
     assert len(list(commands())) == len(seen) + 1  # tools.report, whose only word is a folder
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 import checkpoint
 from model import build_model, load_detector
-from tools import predict, visualize
+from tools import explain_pictures, predict, visualize
 from utils import UserError
 
 LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]
@@ -92,6 +93,79 @@ def test_an_image_that_cannot_be_read_is_said_and_the_rest_goes_on(
     assert len(list((out / "pictures").rglob("*.jpg"))) == 3
 
 
+def test_odd_files_cost_no_other_image_its_results(
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(images / "pipe.jpg")  # opened, it would wait until somebody writes to it
+    (images / "folder.jpg").mkdir()
+    (images / "gone.jpg").symlink_to("nowhere.jpg")
+    Image.new("RGB", (20_000, 1)).save(images / "thin.png")
+    Image.open(images / "a.jpg").save(images / "b.jpg")
+    (images / "a.jpg").rename(images / "new\nline\x1b[2J.jpg")
+    out = tmp_path / "out"
+    (out / "pictures" / "b.jpg").mkdir(parents=True)  # so that its picture cannot be written
+    assert run("--checkpoint", trained, images, "--output-dir", out, "--workers", "1", "--csv") == 1
+    told = capsys.readouterr()
+    assert "in 4 images" in told.out
+    assert sorted(told.err.splitlines()) == [
+        f"error: {images}/gone.jpg: is missing",
+        f"error: {images}/pipe.jpg: is missing: not a regular file",
+        f"error: {images}/thin.png: is 20000 x 1: resized, a side has less than one pixel",
+        f"error: cannot write {out}/pictures/b.jpg: Is a directory",
+    ]
+    results = json.loads((out / "detections.json").read_text())
+    names = [images / name for name in ("a.png", "b.jpg", "new\nline\x1b[2J.jpg", "sub/a.jpg")]
+    assert {r["file_name"] for r in results} == set(map(str, names))
+    assert len(list(csv.reader((out / "detections.csv").open(newline="")))) == len(results) + 1
+
+
+def test_what_was_found_is_written_when_prediction_is_interrupted(
+    trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = predict.write_picture
+
+    def interrupted(picture: torch.Tensor, path: Path) -> None:
+        written(picture, path)
+        if path.stem == "a.png":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "write_picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--checkpoint", trained, images, "--output-dir", tmp_path)
+    results = json.loads((tmp_path / "detections.json").read_text())
+    assert {Path(r["file_name"]).name for r in results} == {"a.jpg", "a.png"}
+
+
+def test_no_two_images_become_one_picture(tmp_path: Path) -> None:
+    names = ("a.jpg", "a.png", "a.jpg.webp", "b.webp", "b_2.jpg", "c/b.webp", "c/b.jpg.jpg")
+    paths = [tmp_path / name for name in names]
+    pictures = predict.picture_paths([*paths, paths[3], paths[0]], tmp_path)
+    assert len(set(pictures)) == len(pictures) == 9
+    assert [p.relative_to(tmp_path / "pictures").as_posix() for p in pictures[:3]] == [
+        *("a.jpg.jpg", "a.png.jpg", "a.jpg_2.jpg")
+    ]
+
+
+def test_the_picture_of_a_link_has_the_name_of_the_link(images: Path, tmp_path: Path) -> None:
+    links = [tmp_path / name for name in ("1.jpg", "2.jpg")]
+    for link in links:
+        link.symlink_to(images / "sub" / "a.jpg")
+    found = predict.picture_paths(links, tmp_path / "out")
+    assert found == [tmp_path / "out" / "pictures" / link.name for link in links]
+
+
+def test_patterns_do_not_follow_links_that_lead_in_circles(images: Path) -> None:
+    for folder in ("x", "y"):
+        (images / folder).mkdir()
+        for link in range(3):
+            (images / folder / f"link{link}").symlink_to("../y" if folder == "x" else "../x")
+    expected = [images / "a.jpg", images / "sub" / "a.jpg"]
+    assert predict.find_images([str(images / "**" / "*.jpg")]) == expected
+    assert predict.find_images([str(images / "**")]) == predict.find_images([str(images)])
+    with pytest.raises(UserError, match="no image there"):
+        predict.find_images([str(images / "sub**")])
+
+
 def test_files_folders_and_patterns_name_each_image_once(images: Path) -> None:
     found = predict.find_images([str(images), str(images / "a.png"), str(images / "**" / "*.jpg")])
     assert found == [images / "a.jpg", images / "a.png", images / "sub" / "a.jpg"]
@@ -104,7 +178,7 @@ def test_an_image_is_seen_as_exif_turns_it(trained: Path, tmp_path: Path) -> Non
     exif[0x0112] = 6
     path = tmp_path / "turned.jpg"
     Image.new("RGB", (64, 40), "gray").save(path, exif=exif)
-    _, image = predict.ImageFiles([path])[0]
+    _, image = predict.ImageFiles([path], load_detector(str(trained))[0].transform)[0]
     assert isinstance(image, torch.Tensor) and image.shape == (3, 64, 40)
 
 
@@ -140,3 +214,30 @@ def test_a_batch_is_drawn_with_the_flags_of_train_py(tiny_shapes: Path, tmp_path
         assert len({image.getpixel((x, 40)) for x in range(image.width)}) > 20
     with pytest.raises(UserError, match="say what to draw"):
         visualize.main(["--data-path", str(tiny_shapes)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "side"), [([], 64), (["--min-size", "96", "--max-size", "96"], 96)]
+)
+def test_both_pictures_of_the_pipeline_have_the_size_that_the_checkpoint_sees(
+    flags: list[str],
+    side: int,
+    trained: Path,
+    tiny_shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes = []
+    sheet = explain_pictures._sheet
+
+    def noted(image: torch.Tensor, *grid: int) -> Any:
+        shapes.append(tuple(image.shape))
+        return sheet(image, *grid)
+
+    monkeypatch.setattr(explain_pictures, "_sheet", noted)
+    image = sorted((tiny_shapes / "val2017").iterdir())[0]
+    annotations = tiny_shapes / "annotations" / "instances_val2017.json"
+    named = ["--annotations", annotations, "--checkpoint", trained, "--picture", tmp_path / "p.png"]
+    visualize.main(["pipeline", str(image), *map(str, named), *flags])
+    assert [max(shape) for shape in shapes] == [side] * 2  # only the first is padded
+    assert {p.name for p in tmp_path.iterdir()} == {"p.png", "p_detections.png"}

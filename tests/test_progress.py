@@ -199,3 +199,10 @@ def test_slow_precision_is_said() -> None:
     assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
     assert progress.precision_warnings("bf16", torch.device("cpu")) == []
     assert progress.precision_warnings("fp16", torch.device("cuda")) == []
+
+
+def test_too_little_shared_memory_is_said_with_what_to_do() -> None:
+    assert progress.shared_memory_warnings(4, 8, 1_000_000, 96_000_000) == []
+    assert progress.shared_memory_warnings(0, 8, 1_000_000, 0) == []
+    (warning,) = progress.shared_memory_warnings(4, 8, 1_000_000, 64_000_000)
+    assert "64 MB free" in warning and "96 MB" in warning and "--ipc=host" in warning

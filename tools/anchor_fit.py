@@ -10,6 +10,9 @@ boxes or the mean over classes, whichever is lower, as AP is a mean over classes
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.visualize anchor-fit")
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {name: getattr(flags, name) for name in train.PATHS}
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = train.read_splits(paths, ["train"])
+    for none in coco_utils.boxes_findings(annotations, for_training=True):
+        raise UserError(f"{annotations.path} has no boxes to fit anchors to: {none.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
     model_flags = parser.values(flags, "model")
     model: Any = build_model(flags.model, label_map, load=False, **model_flags)

@@ -7,6 +7,9 @@ is the better) with the least and the largest of a pair, and the budget.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark")
+
 import argparse
 import json
 import sys

@@ -7,6 +7,9 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark data")
+
 import bisect
 import contextlib
 import math
@@ -30,6 +33,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import coco_utils
 import data_cache
 import presets
+import utils
+from flags import non_negative, positive
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from model import BatchTransform
 from tools import measuring
@@ -54,10 +59,21 @@ _IMAGE = '{"license":3,"file_name":"%012d.jpg","coco_url":"http://images.cocodat
 def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
     add("--size", choices=SIZES, default="train2017", help="images and boxes as this data set has")
-    add("--repeats", type=int, default=3, help="start-ups of either side")
-    add("--workers", type=int, nargs="+", default=[2, 8], help="numbers of loader processes")
-    add("--processes", type=int, default=8, help="that share one copy of the annotations")
-    add("--padding-images", type=int, default=2000, help="per policy; 0 leaves the padding out")
+    add("--repeats", type=positive(int), default=3, help="start-ups of either side")
+    add(
+        "--workers",
+        type=non_negative(int),
+        nargs="+",
+        default=[2, 8],
+        help="numbers of loader processes",
+    )
+    add("--processes", type=positive(int), default=8, help="that share one copy of the annotations")
+    add(
+        "--padding-images",
+        type=non_negative(int),
+        default=2000,
+        help="per policy; 0 leaves the padding out",
+    )
 
 
 def run(
@@ -316,6 +332,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         **order,
         num_workers=workers,
         collate_fn=len,
+        worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=True,
         multiprocessing_context="fork",
     )

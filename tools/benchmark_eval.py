@@ -6,6 +6,9 @@ in a fresh process and scores the same generated boxes, near to the truth and st
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark eval")
+
 import contextlib
 import time
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_eval import METRICS, CocoEvaluator
 from coco_utils import Annotations, label_categories
+from flags import positive
 from tools import measuring
 from tools.measuring import Row
 from utils import Processes
@@ -28,10 +32,10 @@ GROWTH = ((50_000, 80), (5_000, 1_203), (50_000, 1_203))  # images; classes of C
 
 def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
-    add("--images", type=int, default=5_000, help="of val2017, with 7.3 boxes each")
-    add("--classes", type=int, default=80, help="of COCO")
-    add("--detections", type=int, default=100, help="per image")
-    add("--repeats", type=int, default=3, help="of ours; pycocotools runs once")
+    add("--images", type=positive(int), default=5_000, help="of val2017, with 7.3 boxes each")
+    add("--classes", type=positive(int), default=80, help="of COCO")
+    add("--detections", type=positive(int), default=100, help="per image")
+    add("--repeats", type=positive(int), default=3, help="of ours; pycocotools runs once")
     add("--growth", action="store_true", help="ours with 50,000 images and 1,203 classes as well")
 
 

@@ -6,6 +6,9 @@ pycocotools, float images. Both sides flip at random; bare decoding reads the sa
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark loader")
+
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,6 +27,8 @@ import data_cache
 import presets
 import shapes
 import train
+import utils
+from flags import non_negative, positive
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from tools import measuring
 from tools.measuring import Row
@@ -34,16 +39,23 @@ BATCH_SIZE = 2  # the recipe's
 def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
     add("--data-path", type=Path, help="COCO folder; default: the embedded shapes")
-    add("--workers", type=int, nargs="+", default=[0, 2], help="numbers of loader processes")
-    add("--repeats", type=int, default=5, help="epochs of either side")
-    add("--max-images", type=int, help="of an epoch; default: all")
+    add(
+        "--workers",
+        type=non_negative(int),
+        nargs="+",
+        default=[0, 2],
+        help="numbers of loader processes",
+    )
+    add("--repeats", type=positive(int), default=5, help="epochs of either side")
+    add("--max-images", type=positive(int), help="of an epoch; default: all")
 
 
 def run(
     data_path: Path | None, workers: Sequence[int], repeats: int, max_images: int | None
 ) -> list[Row]:
     """Measure; the flags are those of `add_flags`."""
-    folder = data_path or shapes.make_shapes(data_cache.folder())
+    with utils.file_errors("draw the data set in", "the cache"):
+        folder = data_path or shapes.make_shapes(data_cache.folder())
     images = folder / "train2017"
     path = folder / "annotations" / "instances_train2017.json"
     annotations, _ = coco_utils.read_annotations(path)
@@ -149,6 +161,7 @@ def _torchvision(path: Path, images: Path, image_ids: np.ndarray, workers: int) 
         shuffle=True,
         num_workers=workers,
         collate_fn=_transposed,
+        worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=workers > 0,  # theirs start anew each epoch: not what is measured here
         multiprocessing_context="fork" if workers else None,
     )

@@ -8,6 +8,9 @@ normalisation is frozen, and so are the first layers; the weights are random.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.benchmark step")
+
 import contextlib
 import dataclasses
 import functools
@@ -33,6 +36,7 @@ import retinanet
 import train
 import utils
 from engine import Batch
+from flags import non_negative, positive
 from group_by_aspect_ratio import aspect_ratio_groups, epoch_batches
 from model import build_model, wrap
 from tools import measuring
@@ -58,14 +62,19 @@ def add_flags(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), default=utils.default_device())
     add("--model", default="retinanet_resnet50_fpn", help="or retinanet_RESNET_fpn")
     add("--box-subnet", choices=retinanet.BOX_SUBNETS, help="of ours; sparse on a CPU, else dense")
-    add("--batch-size", type=int, default=2, help="images per step")
+    add("--batch-size", type=positive(int), default=2, help="images per step")
     add("--dtype", choices=DTYPES, default="fp32", help="of both sides; tf32 is CUDA's")
     add("--compile", action="store_true", help="ours compiled; counts graphs over mixed sizes")
-    add("--min-size", type=int, default=800, help="shorter side of images, pixels")
-    add("--max-size", type=int, default=1333, help="longer side at most, pixels")
-    add("--steps", type=int, default=2, help="of one side before it is the other's turn")
-    add("--repeats", type=int, default=10, help="turns of either side")
-    add("--mixed-batches", type=int, default=24, help="of an epoch of mixed sizes, with --compile")
+    add("--min-size", type=positive(int), default=800, help="shorter side of images, pixels")
+    add("--max-size", type=positive(int), default=1333, help="longer side at most, pixels")
+    add("--steps", type=positive(int), default=2, help="of one side before it is the other's turn")
+    add("--repeats", type=positive(int), default=10, help="turns of either side")
+    add(
+        "--mixed-batches",
+        type=non_negative(int),
+        default=24,
+        help="of an epoch of mixed sizes, with --compile",
+    )
 
 
 @dataclass(frozen=True)

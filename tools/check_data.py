@@ -1,19 +1,21 @@
 """Check a data set by every rule, opening every image, and describe it.
 
     python -m tools.check_data --data-path /coco --plot data.png
-    python -m tools.check_data --dataset voc --data-path VOC2012 --coco-output voc_as_coco
+    python -m tools.check_data --dataset voc --data-path VOC2012
 
 Exits with 1 if there are errors. The rules are in docs/data.md.
 """
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.check_data")
+
 import argparse
 import json
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import tempfile
 import warnings
@@ -34,7 +36,9 @@ import coco_utils
 import data_cache
 import formats
 import train
+import utils
 from coco_json import Annotations, Finding
+from flags import non_negative, positive
 from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
@@ -64,7 +68,14 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         raise UserError(f"the image folder {images} does not exist; check --data-path")
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
-        findings = findings + check_images(packed, images, workers, f"{name} images")
+        packed, found = coco_utils.locate_images(packed, images)
+        opened = check_images(packed, images, workers, f"{name} images")
+        kinds = {finding.what for finding in opened}
+        findings = findings + [f for f in found if f.what not in kinds] + opened
+        findings += coco_utils.boxes_findings(packed, for_training=name == "train")
+    rules = {finding.what for finding in findings}
+    kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
+    findings = kept + findings
     return Split(name, images, annotations, packed, findings)
 
 
@@ -109,6 +120,7 @@ _complaints: IO[bytes]
 def _start_worker(annotations: Annotations, root: Path) -> None:
     """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
     global _annotations, _root, _complaints
+    utils.die_with_parent()
     _annotations, _root = annotations, root
     _complaints = tempfile.TemporaryFile(buffering=0)
     os.dup2(_complaints.fileno(), 2)
@@ -133,8 +145,14 @@ def _check_image(number: int) -> list[tuple[str, str]]:
             else "image files that are damaged"
         )
         problems.append((rule, line))
-    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
-        if header.has_transparency_data:
+    header = coco_utils.read_header(path)
+    if header.is_slow:
+        problems.append(("image files in a slow format", ""))
+    if header.is_ambiguous:
+        rule = "image files turned by EXIF, which their size cannot confirm"
+        problems.append((rule, f"orientation {header.orientation}"))
+    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as image:
+        if image.has_transparency_data:
             problems.append(("image files with an alpha channel", ""))
     return problems
 
@@ -233,7 +251,7 @@ def _class_lines(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         cells = [
             _count(c.get(name, 0), d["boxes"]) for c, d in zip(counts, data.values(), strict=True)
         ]
-        yield _row(f"  {name}", cells)
+        yield _row(f"  {utils.printable(name)}", cells)
 
 
 def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
@@ -245,7 +263,7 @@ def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
     for name, finding in sorted(found, key=lambda pair: pair[1].severity):
         yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
         for case in finding.cases:
-            yield f"{'':20}{case}"
+            yield f"{'':20}{coco_json.one_line(case, coco_json.LINE - 20)}"
         if finding.count > len(finding.cases):
             yield f"{'':20}and {finding.count - len(finding.cases):,} more"
         yield f"{'':20}→ {finding.fix}"
@@ -259,14 +277,23 @@ def build_parser() -> argparse.ArgumentParser:
     for name in train.PATHS:
         parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("-j", "--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "-j", "--workers", type=non_negative(int, at_most=1024), default=utils.usable_cores()
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a page of plots")
     parser.add_argument(
-        "--min-size", type=int, default=800, help="shorter side in training, pixels"
+        "--min-size",
+        type=positive(int, at_most=20_000),
+        default=800,
+        help="shorter side in training, pixels",
     )
-    parser.add_argument("--max-size", type=int, default=1333, help="longer side at most, pixels")
-    parser.add_argument("--coco-output", type=Path, metavar="FOLDER", help="keep COCO JSON files")
+    parser.add_argument(
+        "--max-size",
+        type=positive(int, at_most=20_000),
+        default=1333,
+        help="longer side at most, pixels",
+    )
     return parser
 
 
@@ -283,9 +310,11 @@ def main(argv: list[str] | None = None) -> int:
     ]
     whole = [(split, split.annotations) for split in splits if split.annotations is not None]
     if len(whole) == 2:
-        names = [{name for _, name in annotations.categories} for _, annotations in whole]
-        whole[1][0].findings += coco_json.finding(
-            "splits that name different classes", sorted(names[0] ^ names[1]), repr
+        (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
+        label_map = coco_utils.label_categories(train_set.categories)
+        second.findings += coco_utils.class_findings(label_map, val_set)
+        second.findings += coco_utils.overlap_findings(
+            (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
     num_errors = sum(f.severity == "error" for split in splits for f in split.findings)
@@ -307,11 +336,6 @@ def main(argv: list[str] | None = None) -> int:
 
         data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
         print(f"drawn: {flags.plot}", file=sys.stderr)
-    if flags.coco_output:
-        flags.coco_output.mkdir(parents=True, exist_ok=True)
-        for split in splits:
-            shutil.copy(split.path, flags.coco_output / f"{split.name}.json")
-        print(f"COCO JSON files are in {flags.coco_output}", file=sys.stderr)
     return 1 if num_errors else 0
 
 

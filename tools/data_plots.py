@@ -44,7 +44,7 @@ def draw_page(
     )
     _draw_mosaic(figure.add_subplot(grid[1, :]), split, annotations)
     figure.suptitle(
-        f"{split.path.parent.parent.name}: "
+        f"{drawing.plain(split.path.parent.parent.name)}: "
         + ", ".join(f"{len(a):,} {s.name} images, {len(a.ids):,} boxes" for s, a in splits),
         fontsize=15,
     )
@@ -64,7 +64,7 @@ def _draw_classes(axes: Any, splits: Sequence[tuple[Any, Annotations]]) -> None:
         bars = axes.barh(places, values, height, color=COLOURS[number], label=split.name)
         if len(order) <= 15:
             axes.bar_label(bars, [f"{value:,}" for value in values], padding=3, fontsize=9)
-    axes.set_yticks(np.arange(len(order)), [names[i][:24] for i in order])
+    axes.set_yticks(np.arange(len(order)), [drawing.plain(names[i][:24]) for i in order])
     axes.invert_yaxis()
     axes.margins(x=0.15)
     if counts[0].max(initial=1) > 100 * max(1, np.median(counts[0])):
@@ -108,13 +108,17 @@ def _draw_anchors(
     figure: Figure, axes: Any, name: str, annotations: Annotations, min_size: int, max_size: int
 ) -> None:
     """Draw how large and how wide boxes are at training size, with the anchors among them."""
-    sizes = annotations.sizes.astype(np.float64)
+    sizes = annotations.sizes.clip(1).astype(np.float64)
     scale = np.minimum(min_size / sizes.min(axis=1), max_size / sizes.max(axis=1))
     sides = annotations.boxes_xywh[:, 2:] * scale[annotations.image_of_annotation()][:, None]
     sides = sides[(sides > 0).all(axis=1) & ~annotations.iscrowd]
     sides = sides[:: max(1, len(sides) // MOST_BOXES)]
     side, ratio = np.sqrt(sides.prod(axis=1)), sides[:, 0] / sides[:, 1]
     bins = np.geomspace(4, 1500, 70), np.geomspace(1 / 8, 8, 50)
+    if len(sides) == 0:
+        axes.set_axis_off()
+        axes.set_title(f"{name}: no box to train on")
+        return
     density = axes.hist2d(
         side.clip(4.01, 1499), ratio.clip(0.126, 7.99), bins, cmin=1, cmap="viridis_r", norm="log"
     )
@@ -133,7 +137,7 @@ def _draw_anchors(
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    covered = np.mean(best_overlap(sides) >= 0.5) if len(sides) else 0
+    covered = np.mean(best_overlap(sides) >= 0.5)
     axes.set(
         xlabel=f"√(width × height), pixels at training size ({min_size} / {max_size})",
         ylabel="width / height",

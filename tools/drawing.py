@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from utils import printable
+
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
 MISSED = "#000000"
 # White and yellow are for photographs; on paper they would not be seen.
@@ -30,6 +32,11 @@ def class_colours(label_map: Sequence[Mapping[str, object]]) -> dict[int, str]:
 def on_white(colour: str) -> str:
     """Return the colour in which a class is plotted that has `colour` in photographs."""
     return _ON_WHITE.get(colour, colour)
+
+
+def plain(text: str) -> str:
+    """Return text from data for matplotlib, which would read what is between two $ as math."""
+    return printable(text).replace("$", r"\$")
 
 
 def draw_boxes(
@@ -67,7 +74,7 @@ def draw_boxes(
         pen.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colours[labels[i]], width=2)
     taken: list[tuple[float, float, float, float]] = []
     for i in reversed(order.tolist()):  # a small box has the least choice
-        text = texts[i]
+        text = printable(texts[i] or "")
         if not text:
             continue
         width, height = pen.textlength(text, font=font) + 4, 14

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tools import drawing
+from utils import printable
 
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 CURVES = 8  # classes that have a curve of their own: as many as there are colours
@@ -39,7 +40,8 @@ def _ends(rows: Rows, limit: int) -> tuple[list[Mapping[str, Any]], str]:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 20 else name[:19] + "…"
+    name = printable(name)
+    return drawing.plain(name if len(name) <= 20 else name[:19] + "…")
 
 
 def _peak(f1: float, confidence: float) -> str:

@@ -10,6 +10,9 @@ code says now.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.explain")
+
 import argparse
 import functools
 import math

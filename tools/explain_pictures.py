@@ -591,7 +591,7 @@ def draw_detections(model: nn.Module, image: Tensor, names: dict[int, str]) -> F
             for box, score, label in zip(
                 *(found[k] for k in ("boxes", "scores", "labels")), strict=True
             ):
-                text = f"{names.get(int(label), '?')} {score:.2f}"
+                text = f"{drawing.plain(names.get(int(label), '?'))} {score:.2f}"
                 x, y, *_ = box.tolist()
                 side = "bottom" if y > 0.06 * stages.image.shape[1] else "top"
                 ax.text(

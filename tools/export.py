@@ -10,6 +10,9 @@ file names its classes (metadata "categories", JSON). Needs the extra `export`.
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.export")
+
 import argparse
 import json
 import warnings
@@ -23,7 +26,6 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import checkpoint
-import coco_utils
 import train
 from model import load_detector
 from tools import predict
@@ -168,9 +170,12 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{error.name} is missing: pip install -e '.[export]'") from None
     detector, label_map = load_detector(flags.checkpoint or flags.weights)
     model = OneImage(detector).eval()
-    images = [
-        coco_utils.read_image(path, path.parent, predict.shown_size(path)) / 255 for path in paths
-    ]
+    files, images = predict.ImageFiles(paths, detector.transform), []
+    for number, path in enumerate(paths):
+        _, image = files[number]
+        if isinstance(image, str):
+            raise UserError(f"{path}: {image}; give others by --check")
+        images.append(image / 255)
     with torch.inference_mode():
         found = [len(model(image)[0]) for image in images]
     flags.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import platform
 import statistics
 import time
@@ -139,7 +138,7 @@ def machine() -> dict[str, Any]:
         cpu = models[0].partition(":")[2].strip() if models else cpu
     return {
         "cpu": cpu,
-        "cores": os.cpu_count(),
+        "cores": utils.usable_cores(),
         "memory_gb": round(_status("/proc/meminfo", "MemTotal") / 1e3),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),

@@ -3,14 +3,16 @@
     python -m tools.predict --checkpoint runs/coco/best.pth photos/ 'more/*.jpg'
     python -m tools.predict --weights RetinaNet_ResNet50_FPN_Weights.COCO_V1 street.jpg
 
-Exits with 1 if an image could not be read; the others are done all the same.
+Exits with 1 if an image could not be read or its picture not written; the others are done.
 """
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.predict")
+
 import argparse
 import csv
-import glob
 import json
 import os
 import sys
@@ -21,28 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import write_jpeg
+from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 import coco_utils
 import engine
 import train
 import utils
+from flags import between, non_negative, positive
 from model import load_detector, mixed_precision
 from tools import drawing
 from utils import UserError, run_command
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = coco_utils.SUFFIXES
 
 
 class ImageFiles(Dataset):
-    """Images by path, each with its size (H, W) as it is shown; what is wrong with one, instead."""
+    """Images by path for a detector whose `transform` resizes them, or what is wrong with one."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[Path], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,20 +53,30 @@ class ImageFiles(Dataset):
         """Return the number, and uint8 `[3, H, W]` or why it cannot be read."""
         path = self.paths[number]
         try:
-            return number, coco_utils.read_image(path, path.parent, shown_size(path))
+            image = coco_utils.read_image(path, path.parent, shown_size(path))
         except coco_utils.ImageError as error:
             return number, str(error)
+        if vanishes(image, self.transform):
+            height, width = image.shape[1:]
+            return number, f"is {width} x {height}: resized, a side has less than one pixel"
+        return number, image
+
+
+def vanishes(image: Tensor, transform: Any) -> bool:
+    """Return whether a detector's `transform` would resize `image` `[3, H, W]` to nothing."""
+    shorter, longer = sorted(image.shape[1:])
+    scale = min(transform.min_size[-1] / shorter, transform.max_size / longer)
+    return transform.fixed_size is None and int(shorter * scale) == 0
 
 
 def shown_size(path: Path) -> tuple[int, int]:
     """Return the size (H, W) of an image as EXIF turns it; (0, 0) if its header is unreadable."""
-    try:
-        with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as header:
-            width, height = header.size
-            is_turned = header.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # whatever a damaged file makes PIL raise; reading it will say what
+    if not path.is_file():  # opening a pipe would wait until somebody writes to it
         return 0, 0
-    return (width, height) if is_turned else (height, width)
+    try:
+        return coco_utils.read_header(path).shown
+    except coco_utils.ImageError:  # reading it will say what is wrong
+        return 0, 0
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
@@ -77,15 +89,32 @@ def find_images(given: Sequence[str]) -> list[Path]:
     for text in given:
         path = Path(text)
         if path.is_dir():
-            paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            below = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            paths = sorted(p for p in below if not p.is_dir())
         elif path.is_file():
             paths = [path]
         else:
-            paths = sorted(Path(p) for p in glob.glob(text, recursive=True) if Path(p).is_file())
+            paths = matching_files(text)
         if not paths:
             raise UserError(f"{text}: no image there; give files, folders or quoted patterns")
         found |= dict.fromkeys(paths)
     return list(found)
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Return the files that a glob pattern names; ** follows no link to a folder, as in a circle.
+
+    `glob.glob` follows them: two links that lead to each other's folders keep it busy for ever.
+    """
+    path = Path(pattern)
+    if path.name == "**":
+        path /= "*"
+    try:
+        return sorted(
+            p for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if p.is_file()
+        )
+    except ValueError:  # "a**"
+        return []
 
 
 @torch.inference_mode()
@@ -140,16 +169,21 @@ def draw(
 
 def picture_paths(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Return where the picture of each image goes, with the subfolders in which images differ."""
-    absolute = [path.resolve() for path in paths]
+    absolute = [Path(os.path.abspath(path)) for path in paths]  # a link by its own name
     common = os.path.commonpath([path.parent for path in absolute])
     places = [folder / "pictures" / path.relative_to(common) for path in absolute]
     stems = Counter(place.with_suffix("") for place in places)
-    return [  # a.png and a.jpg must not become one picture
-        place.with_name(f"{place.name}.jpg")
-        if stems[place.with_suffix("")] > 1
-        else place.with_suffix(".jpg")
-        for place in places
-    ]
+    pictures: dict[Path, None] = {}
+    for place in places:
+        # No two images become one picture: neither a.png and a.jpg, nor with them a.jpg.webp.
+        shared = stems[place.with_suffix("")] > 1
+        stem = place.with_name(place.name if shared else place.stem)
+        picture, number = stem.with_name(f"{stem.name}.jpg"), 1
+        while picture in pictures:
+            number += 1
+            picture = stem.with_name(f"{stem.name}_{number}.jpg")
+        pictures[picture] = None
+    return list(pictures)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -166,10 +200,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--output-dir", type=Path, default=Path("predictions"), help="for all files"
     )
     parser.add_argument(
-        "--score-thresh", type=float, default=0.5, help="detections below are left out"
+        "--score-thresh",
+        type=between(float, 0, 1),
+        default=0.5,
+        help="detections below are left out",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
-    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--batch-size", type=positive(int), default=1, help="images at a time")
+    parser.add_argument(
+        "-j",
+        "--workers",
+        type=non_negative(int, at_most=1024),
+        default=2,
+        help="processes that read images",
+    )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), help="cuda where there is one, else cpu"
     )
@@ -178,7 +221,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--csv", action="store_true", help="write detections.csv, too")
     parser.add_argument(
-        "--side", type=int, default=1024, help="longer side of the pictures, pixels"
+        "--side",
+        type=positive(int, at_most=20_000),
+        default=1024,
+        help="longer side of the pictures, pixels",
     )
     return parser
 
@@ -191,43 +237,63 @@ def main(argv: list[str] | None = None) -> int:
     model, label_map = load_detector(flags.checkpoint or flags.weights, device)
     category_of = {category["label"]: category for category in label_map}
     loader = DataLoader(
-        ImageFiles(paths), flags.batch_size, num_workers=flags.workers, collate_fn=list
+        ImageFiles(paths, model.transform),
+        flags.batch_size,
+        num_workers=flags.workers,
+        collate_fn=list,
+        worker_init_fn=utils.ignore_stop_signals,  # a worker also ends when this process is killed
     )
     places = picture_paths(paths, flags.output_dir)
     results: list[dict[str, Any]] = []
-    unreadable, start = [], time.perf_counter()
+    problems, done, start = [], 0, time.perf_counter()
     bar = tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty())
-    with mixed_precision(model, train.AMP_DTYPES.get(flags.amp)), bar:
-        for number, image, found in detect(model, loader, device):
-            bar.update()
-            if image is None or isinstance(found, str):
-                unreadable.append(f"{paths[number]}: {found}")
-                continue
-            kept = found["scores"] >= flags.score_thresh
-            found = {name: value[kept] for name, value in found.items()}
-            own = as_results(number + 1, paths[number], found, category_of)
-            results += own
-            places[number].parent.mkdir(parents=True, exist_ok=True)
-            picture = draw(image, own, label_map, flags.side)
-            write_jpeg(picture, str(places[number]), quality=90)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
-    (flags.output_dir / "detections.json").write_text(json.dumps(results))
-    if flags.csv:
-        write_csv(results, flags.output_dir / "detections.csv")
+    with utils.file_errors("create", flags.output_dir):
+        flags.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with mixed_precision(model, train.AMP_DTYPES.get(flags.amp)), bar:
+            for number, image, found in detect(model, loader, device):
+                bar.update()
+                if image is None or isinstance(found, str):
+                    problems.append(f"{paths[number]}: {found}")
+                    continue
+                kept = found["scores"] >= flags.score_thresh
+                found = {name: value[kept] for name, value in found.items()}
+                own = as_results(number + 1, paths[number], found, category_of)
+                results += own
+                done += 1
+                try:
+                    write_picture(draw(image, own, label_map, flags.side), places[number])
+                except UserError as error:
+                    problems.append(str(error))
+    finally:  # whatever ends the loop: what was found until then is not lost
+        utils.replace_file(flags.output_dir / "detections.json", json.dumps(results))
+        if flags.csv:
+            write_csv(results, flags.output_dir / "detections.csv")
     seconds = time.perf_counter() - start
-    done = len(paths) - len(unreadable)
     print(
         f"{len(results)} objects in {done} images, {done / seconds:.3g} images a second with "
         f"reading and drawing: {flags.output_dir}"
     )
-    for problem in unreadable:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if unreadable else 0
+    for problem in problems:
+        print(f"error: {utils.printable(problem)}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def write_picture(picture: Tensor, path: Path) -> None:
+    """Write uint8 `[3, H, W]` as JPEG.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    with utils.file_errors("write", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_jpeg(picture, quality=90).numpy().tobytes())
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write results as a table; x, y, width and height are pixels."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    # Names of files may hold any bytes.
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["file_name", "category", "score", "x", "y", "width", "height"])
         writer.writerows([r["file_name"], r["category"], r["score"], *r["bbox"]] for r in results)

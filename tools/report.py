@@ -11,6 +11,9 @@ curves over each other:
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.report")
+
 import argparse
 import json
 from collections.abc import Mapping, Sequence
@@ -270,6 +273,7 @@ def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, st
         return [*lines, "  no images: the evaluation does not know where they are"], captions
 
     annotations, _ = coco_utils.read_annotations(Path(about["annotations"]))
+    annotations, _ = coco_utils.locate_images(annotations, Path(about["images"]))
     if not np.array_equal(np.sort(annotations.image_ids), curves["image_ids"]):
         raise UserError(f"{about['annotations']} has other images than {place} evaluated")
     found = np.load(place / "detections.npy")

@@ -134,7 +134,7 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int],
 
 
 def _named(run: RunRecords) -> str:
-    return run.name if len(run.name) <= 30 else run.name[:29] + "…"
+    return drawing.plain(run.name if len(run.name) <= 30 else run.name[:29] + "…")
 
 
 def _finish(all_axes: Sequence[Axes], runs: Sequence[RunRecords]) -> None:

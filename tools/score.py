@@ -6,6 +6,9 @@ replacement, the same for both files (a paired bootstrap), and scored anew as of
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.score")
+
 import argparse
 import json
 import math

@@ -17,6 +17,9 @@ draws one step of the method on an image and its boxes, as docs/retinanet.md exp
 
 from __future__ import annotations
 
+if not __package__:  # run as a file, it would not find the modules beside tools/
+    raise SystemExit("run it as: python -m tools.visualize")
+
 import argparse
 import functools
 import itertools
@@ -94,6 +97,8 @@ def draw_batch(argv: list[str]) -> None:
     overrides = {name: getattr(flags, name) for name in train.PATHS}
     paths = train.data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = train.read_splits(paths, ["train"])
+    if not flags.keep_empty:
+        coco_utils.require_boxes(annotations)
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
     keep = None if flags.keep_empty else coco_utils.images_with_objects(annotations)
@@ -160,13 +165,20 @@ def draw_step(step: str, argv: list[str]) -> None:
     add("image", type=Path, help="image file")
     add("--annotations", type=Path, required=True, help="COCO JSON that has the image")
     add("--picture", type=Path, default=Path(f"{step}.png"), help="file to write")
-    add("--min-size", type=int, default=800, help="shorter side for the model, pixels")
-    add("--max-size", type=int, default=1333, help="longer side at most, pixels")
+    what_size = "the checkpoint's, else " if step == "pipeline" else ""
+    add("--min-size", type=positive(int), help=f"shorter side, pixels ({what_size}800)")
+    add("--max-size", type=positive(int), help=f"longer side at most, pixels ({what_size}1333)")
     if step == "pipeline":
         add("--checkpoint", help="also draw what this detector finds: a file or a weights' name")
     flags = parser.parse_args(argv)
     image, boxes, names = read_boxes(flags.image, flags.annotations)
-    scene = explain_pictures.make_scene(image, boxes, names, flags.min_size, flags.max_size)
+    size = {"min_size": flags.min_size, "max_size": flags.max_size}
+    size = {name: value for name, value in size.items() if value is not None}
+    model: Any = None
+    if step == "pipeline" and flags.checkpoint:  # both pictures show what this model sees
+        model, label_map = load_detector(flags.checkpoint, **size)
+        size = {"min_size": model.transform.min_size[0], "max_size": model.transform.max_size}
+    scene = explain_pictures.make_scene(image, boxes, names, **size)
     flags.picture.parent.mkdir(parents=True, exist_ok=True)
     if step == "pipeline":
         figure = explain_pictures.draw_pipeline(image, boxes, scene)
@@ -174,8 +186,7 @@ def draw_step(step: str, argv: list[str]) -> None:
         figure = getattr(explain_pictures, f"draw_{step}")(scene)
     figure.savefig(flags.picture)
     print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {flags.picture}")
-    if step == "pipeline" and flags.checkpoint:
-        model, label_map = load_detector(flags.checkpoint)
+    if model is not None:
         classes = {category["label"]: category["name"] for category in label_map}
         path = flags.picture.with_stem(f"{flags.picture.stem}_detections")
         explain_pictures.draw_detections(model, image, classes).savefig(path)
@@ -192,11 +203,12 @@ DRAW: dict[str, Callable[[list[str]], None]] = {
 def main(argv: list[str] | None = None) -> None:
     """Draw what the command line asks for: the name of a picture, then the picture's own flags."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in ([], ["-h"], ["--help"]) or argv[0] not in DRAW:
-        raise UserError(
-            f"say what to draw: python -m tools.visualize {{{','.join(DRAW)}}}, then its flags "
-            "(--help lists them)"
-        )
+    usage = f"python -m tools.visualize {{{','.join(DRAW)}}} …"
+    if argv[:1] in ([], ["-h"], ["--help"]):
+        print(f"{__doc__}\n{usage}\n\n--help after the name of a picture lists its flags.")
+        return
+    if argv[0] not in DRAW:
+        raise UserError(f"{argv[0]!r} cannot be drawn; say what to draw: {usage}")
     DRAW[argv[0]](argv[1:])
 
 

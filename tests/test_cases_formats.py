@@ -1,0 +1,1113 @@
+"""VOC and YOLO folders and images as exporting tools write them: used, or refused, as they should.
+
+python -m pytest tests/test_cases_formats.py
+
+Red boxes at (10 + i % 7, 10 + i % 5, 40, 30), blue ones at (70, 40, 30, 40), images of 120 x 90 px.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, run_script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+import coco_json
+import coco_utils
+import formats
+from tools import convert
+from utils import UserError
+
+SIZE = (120, 90)  # W, H
+BLUE = [70.0, 40.0, 30.0, 40.0]
+SPLITS = {"train": range(3), "val": range(3, 5)}
+Edit = Callable[[Path], Any]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def red(i: int) -> list[float]:
+    return [10.0 + i % 7, 10.0 + i % 5, 40.0, 30.0]
+
+
+def picture(i: int, size: tuple[int, int] = SIZE, with_blue: bool = True) -> Image.Image:
+    image = Image.new("RGB", size, "gray")
+    for colour, box in [("red", red(i)), ("blue", BLUE)][: 1 + with_blue]:
+        x, y, w, h = map(int, box)
+        image.paste(colour, (x, y, x + w, y + h))
+    return image
+
+
+def write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save(path: Path, i: int, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(i).save(path, **options)
+
+
+def xml_object(name: str, box: list[float], difficult: str = "0") -> str:
+    x, y, w, h = box
+    corners = (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h))
+    inner = "".join(f"<{tag}>{value:g}</{tag}>" for tag, value in corners)
+    name = f"<name>{name}</name><difficult>{difficult}</difficult>"
+    return f"<object>{name}<bndbox>{inner}</bndbox></object>"
+
+
+def xml(i: int, name: str) -> str:
+    size = "<size><width>120</width><height>90</height><depth>3</depth></size>"
+    objects = "\n".join([xml_object("red", red(i)), xml_object("blue", BLUE)])
+    return f"<annotation><filename>{name}</filename>{size}\n{objects}\n</annotation>"
+
+
+def voc(root: Path) -> Path:
+    """A folder as VOC2012: images t0 … t2 and v3, v4."""
+    for split, numbers in SPLITS.items():
+        stems = [f"{split[0]}{i}" for i in numbers]
+        for i, stem in zip(numbers, stems, strict=True):
+            save(root / "JPEGImages" / f"{stem}.png", i)
+            write(root / "Annotations" / f"{stem}.xml", xml(i, f"{stem}.png"))
+        write(root / "ImageSets" / "Main" / f"{split}.txt", "\n".join(stems))
+    return root
+
+
+def label(i: int) -> str:
+    rows = []
+    for number, (x, y, w, h) in enumerate([red(i), BLUE]):
+        shares = ((x + w / 2) / 120, (y + h / 2) / 90, w / 120, h / 90)
+        rows.append(f"{number} " + " ".join(f"{share:.6f}" for share in shares))
+    return "\n".join(rows) + "\n"
+
+
+def yolo(root: Path) -> Path:
+    """A folder as Ultralytics documents it: images t0 … t2 and v3, v4."""
+    for split, numbers in SPLITS.items():
+        for i in numbers:
+            save(root / "images" / split / f"{split[0]}{i}.png", i)
+            write(root / "labels" / split / f"{split[0]}{i}.txt", label(i))
+    write(root / "data.yaml", yaml_text("[red, blue]"))
+    return root
+
+
+def yaml_text(names: str, head: str = "train: images/train\nval: images/val\n") -> str:
+    return f"{head}names: {names}\n"
+
+
+def read(
+    layout: str, root: Path
+) -> tuple[dict[str, dict[str, list[Any]]], list[coco_json.Finding]]:
+    """Return boxes as (name, box) by image of each split, and all findings of the conversion."""
+    paths = formats.coco_paths(layout, root)
+    boxes: dict[str, dict[str, list[Any]]] = {}
+    found = []
+    for split in formats.SPLITS:
+        file = paths[f"{split}_annotations"]
+        found += formats.kept_findings(file)
+        about, errors = coco_json.read_annotations(file)
+        assert all(finding.severity == "warning" for finding in errors)
+        names = [about.categories[i][1] for i in about.category_index]
+        rows = list(zip(names, about.boxes_xywh.round(3).tolist(), strict=True))
+        boxes[split] = {}
+        for i in range(len(about)):
+            size, folder = tuple(about.sizes[i].tolist()), paths[f"{split}_images"]
+            coco_utils.read_image(folder / about.file_name(i), folder, size)
+            own = rows[about.offsets[i] : about.offsets[i + 1]]
+            boxes[split][about.file_name(i)] = [(name, list(box)) for name, box in own]
+    return boxes, found
+
+
+def require_right_boxes(
+    boxes: dict[str, dict[str, list[Any]]], names: tuple[str, ...] = ("red", "blue")
+) -> None:
+    """Hold boxes to the drawing, within a thousandth of a pixel (labels have six decimals)."""
+    assert {split: len(rows) for split, rows in boxes.items()} == {"train": 3, "val": 2}
+    for rows in boxes.values():
+        for file_name, own in rows.items():
+            i = int(re.findall(r"[tv](\d)", file_name)[-1])
+            assert [name for name, _ in own] == list(names)
+            for (_, box), right in zip(own, [red(i), BLUE], strict=False):
+                np.testing.assert_allclose(box, right, rtol=0, atol=1e-3)
+
+
+def warned(found: list[coco_json.Finding]) -> dict[str, int]:
+    """Return the count of each rule over both splits."""
+    counts: dict[str, int] = {}
+    for finding in found:
+        assert finding.severity == "warning"
+        counts[finding.what] = counts.get(finding.what, 0) + finding.count
+    return counts
+
+
+# --- edits ----------------------------------------------------------------------------------------
+
+
+def in_files(pattern: str, change: Callable[[str], str], encoding: str = "utf-8") -> Edit:
+    """Change the text of all files that match."""
+
+    def edit(root: Path) -> None:
+        paths = sorted(root.glob(pattern))
+        assert paths
+        for path in paths:
+            old = path.read_text()
+            new = change(old)
+            path.write_bytes(new.encode(encoding))
+
+    return edit
+
+
+def replace(pattern: str, old: str, new: str) -> Edit:
+    def change(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    return in_files(pattern, change)
+
+
+def put(path: str, content: str | bytes) -> Edit:
+    return lambda root: write(root / path, content)
+
+
+def rename(pattern: str, old: str, new: str) -> Edit:
+    def edit(root: Path) -> None:
+        paths = sorted(root.glob(pattern))
+        assert paths
+        for path in paths:
+            place = root / path.relative_to(root).as_posix().replace(old, new)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
+
+    return edit
+
+
+def both(*edits: Edit) -> Edit:
+    return lambda root: [edit(root) for edit in edits]
+
+
+def resave(pattern: str, suffix: str, **options: Any) -> Edit:
+    """Write images in another format."""
+
+    def edit(root: Path) -> None:
+        for path in sorted(root.glob(pattern)):
+            image = Image.open(path).convert("RGB")
+            path.unlink()
+            image.save(path.with_suffix(suffix), **options)
+
+    return edit
+
+
+def names_rotated(root: Path) -> None:
+    """Let each <filename> name the next image of its split."""
+    for stems in (["t0", "t1", "t2"], ["v3", "v4"]):
+        for this, other in zip(stems, stems[1:] + stems[:1], strict=True):
+            replace(f"Annotations/{this}.xml", f"{this}.png", f"{other}.png")(root)
+
+
+def in_split_folders(root: Path) -> None:
+    """Move a VOC folder to train/ and val/, each with images/ and annotations/."""
+    for split, numbers in SPLITS.items():
+        for i in numbers:
+            for old, new, suffix in (
+                ("JPEGImages", "images", "png"),
+                ("Annotations", "annotations", "xml"),
+            ):
+                name = f"{split[0]}{i}.{suffix}"
+                (root / split / new).mkdir(parents=True, exist_ok=True)
+                (root / old / name).rename(root / split / new / name)
+    for name in ("JPEGImages", "Annotations", "ImageSets"):
+        shutil.rmtree(root / name)
+
+
+def side_by_side(root: Path) -> None:
+    in_split_folders(root)
+    for split in SPLITS:
+        for path in [*(root / split).glob("images/*"), *(root / split).glob("annotations/*")]:
+            path.rename(root / split / path.name)
+
+
+def split_first(root: Path) -> None:
+    for split in SPLITS:
+        for kind in ("images", "labels"):
+            (root / split).mkdir(exist_ok=True)
+            (root / kind / split).rename(root / split / kind)
+
+
+def roboflow(root: Path) -> None:
+    split_first(root)
+    (root / "val").rename(root / "valid")
+    head = "train: ../train/images\nval: ../valid/images\ntest: ../test/images\n\nnc: 2\n"
+    write(root / "data.yaml", yaml_text("['red', 'blue']", head) + "\nroboflow:\n  version: 1\n")
+
+
+def images_linked(root: Path) -> None:
+    (root / "images").rename(root / "store")
+    (root / "images").symlink_to("store")
+
+
+def lists_of_files(root: Path) -> None:
+    for split in SPLITS:
+        lines = [f"./images/{split}/{p.name}" for p in sorted((root / "images" / split).iterdir())]
+        write(root / f"{split}.txt", "\n".join(lines))
+    write(root / "data.yaml", yaml_text("[red, blue]", "train: train.txt\nval: [val.txt]\n"))
+
+
+def list_of_folders(root: Path) -> None:
+    for kind, suffix in (("images", "png"), ("labels", "txt")):
+        (root / kind / "more").mkdir()
+        (root / kind / "train" / f"t2.{suffix}").rename(root / kind / "more" / f"t2.{suffix}")
+    head = "path: .\ntrain:\n  - images/train\n  - images/more\nval: images/val\n"
+    write(root / "data.yaml", yaml_text("[red, blue]", head))
+
+
+def classes_txt(root: Path) -> None:
+    (root / "data.yaml").unlink()
+    write(root / "classes.txt", "red\nblue\n")
+
+
+XML, LABELS = "Annotations/*.xml", "labels/*/*.txt"
+COMMA, TEXT = "red, dark", "<name>red</name>"
+IN_HEAD = "<annotation>"
+
+
+def yaml_of(names: str, head: str = "train: images/train\nval: images/val\n") -> Edit:
+    return put("data.yaml", yaml_text(names, head))
+
+
+def per_line(change: Callable[[str], str]) -> Edit:
+    return in_files(LABELS, lambda text: "".join(change(line) + "\n" for line in text.splitlines()))
+
+
+# case: the edit, the classes, and the warnings with their counts.
+USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
+    "v01_no_size": (
+        in_files("Annotations/t1.xml", lambda t: re.sub("<size>.*</size>", "", t)),
+        ("red", "blue"),
+        {"XML files without a size": 1},
+    ),
+    "v04_parts": (
+        replace(
+            XML, "<difficult>", f"<part>{xml_object('x', [1, 2, 3, 5])[8:-9]}</part><difficult>"
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "v06_filename_no_ext": (replace(XML, ".png", ""), ("red", "blue"), {}),
+    "v07_gbk": (
+        in_files(
+            XML,
+            lambda t: (
+                '<?xml version="1.0" encoding="GB2312"?>\n' + t.replace(TEXT, "<name>红</name>")
+            ),
+            "gb2312",
+        ),
+        ("红", "blue"),
+        {},
+    ),
+    "v10_kaggle_split": (in_split_folders, ("red", "blue"), {}),
+    "v11_trainval_only": (
+        both(
+            rename("ImageSets/Main/train.txt", "train", "trainval"),
+            rename("ImageSets/Main/val.txt", "val", "test"),
+        ),
+        ("red", "blue"),
+        {"no lists train and val": 1},
+    ),
+    "v12_name_1_-1": (
+        put("ImageSets/Main/train.txt", "t0  1\nt1 -1\nt2  0\n"),
+        ("red", "blue"),
+        {"list lines with 1, 0 or -1 of one class": 3},
+    ),
+    "v13_png": (replace(XML, ".png", ".jpg"), ("red", "blue"), {}),
+    "v15_bom": (in_files(XML, str, "utf-8-sig"), ("red", "blue"), {}),
+    "v16_imagesets_crlf_ext": (
+        put("ImageSets/Main/train.txt", "t0.jpg\r\nt1.jpg\r\nt2.jpg\r\n"),
+        ("red", "blue"),
+        {},
+    ),
+    "v18_polygon_roboflow": (
+        both(
+            side_by_side, replace("*/*.xml", "</object>", "<polygon><x1>1</x1></polygon></object>")
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "v21_filename_of_other": (
+        names_rotated,
+        ("red", "blue"),
+        {"XML files of which <filename> names another image": 5},
+    ),
+    "v23_difficult_word": (
+        replace("Annotations/t*.xml", "<difficult>0", "<difficult>Unspecified"),
+        ("red", "blue"),
+        {"<difficult> that is neither 0 nor 1": 6},
+    ),
+    "v27_root_tag": (
+        both(replace(XML, "annotation>", "Annotation>")),
+        ("red", "blue"),
+        {},
+    ),
+    "v28_upper_ext_dirs": (rename("JPEGImages/*.png", ".png", ".PNG"), ("red", "blue"), {}),
+    "only <filename> leads to the image": (
+        both(
+            rename("Annotations/t0.xml", "t0", "other"),
+            put("ImageSets/Main/train.txt", "other\nt1\nt2"),
+        ),
+        ("red", "blue"),
+        {"XML files paired by <filename>": 1},
+    ),
+    "one folder inside VOCdevkit": (
+        both(
+            rename("JPEGImages", "JPEG", "VOC2007/JPEG"),
+            rename("Annotations", "Anno", "VOC2007/Anno"),
+            rename("ImageSets", "Image", "VOC2007/Image"),
+        ),
+        ("red", "blue"),
+        {"a single VOC folder below": 1},
+    ),
+    "y01_list_of_folders": (list_of_folders, ("red", "blue"), {}),
+    "y01 lists of files": (lists_of_files, ("red", "blue"), {}),
+    "y05_extra_column_conf": (
+        per_line(lambda line: line + " 0.87"),
+        ("red", "blue"),
+        {"label lines with a confidence": 10},
+    ),
+    "y07_float_class": (per_line(lambda line: line.replace(" ", ".0 ", 1)), ("red", "blue"), {}),
+    "y10_abs_path": (
+        yaml_of("[red, blue]", "path: /home/me/cells\ntrain: images/train\nval: images/val\n"),
+        ("red", "blue"),
+        {"paths in the YAML file that are not here": 1},
+    ),
+    "y11_windows_path": (
+        yaml_of("[red, blue]", "path: C:\\me\\cells\ntrain: images\\train\nval: images\\val\n"),
+        ("red", "blue"),
+        {"paths in the YAML file that are not here": 1, "paths with a backslash": 3},
+    ),
+    "y13_bmp": (
+        resave("images/*/*.png", ".bmp"),
+        ("red", "blue"),
+        {"image files in a slow format": 5},
+    ),
+    "y14_roboflow": (roboflow, ("red", "blue"), {}),
+    "y15_two_yaml": (put("hyp.yaml", "lr0: 0.01\n"), ("red", "blue"), {}),
+    "y16_comma_name": (yaml_of("['red, dark', \"blue's\"]"), (COMMA, "blue's"), {}),
+    "y18_duplicate_lines": (
+        in_files(LABELS, lambda text: text + text.splitlines()[0] + "\n"),
+        ("red", "blue"),
+        {"label lines that occur twice in a file": 5},
+    ),
+    "y19_tabs_commas": (
+        in_files(LABELS, lambda text: text.replace(" ", "\t").replace("\n", "  \r\n")),
+        ("red", "blue"),
+        {},
+    ),
+    "y21_names_txt_only": (classes_txt, ("red", "blue"), {}),
+    "y23_upper_ext": (rename("images/*/*.png", ".png", ".PNG"), ("red", "blue"), {}),
+    "y24_numeric_names": (yaml_of("[0, 1]"), ("0", "1"), {}),
+    "y25_readme_txt": (
+        both(put("labels/train/notes.txt", "hello\n"), put("labels/train.cache", b"\0\1")),
+        ("red", "blue"),
+        {"label files without an image": 1},
+    ),
+    "y26_images_symlink": (images_linked, ("red", "blue"), {}),
+    "a folder of images is a link": (
+        both(
+            rename("images/train", "images/train", "store"),
+            lambda root: (root / "images" / "train").symlink_to(root / "store"),
+            lambda root: (root / "store" / "loop").symlink_to(root / "store"),
+            rename("images/val", "images/val", "valid/images/val"),
+            rename("labels/val", "labels/val", "valid/labels/val"),
+            yaml_of("[red, blue]", "train: images\nval: valid/images/val\n"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "y29_split_first": (
+        both(split_first, yaml_of("[red, blue]", "train: train\nval: val\n")),
+        ("red", "blue"),
+        {},
+    ),
+    "y30_test_split": (
+        yaml_of("[red, blue]", "train: images/train\nval: images/val\ntest: images/test\n"),
+        ("red", "blue"),
+        {},
+    ),
+    "test is evaluated on where val is missing": (
+        yaml_of("[red, blue]", "train: images/train\ntest: images/val\n"),
+        ("red", "blue"),
+        {"no val in the YAML file": 1},
+    ),
+    "y36_name_comma_block": (yaml_of("\n  - red, dark\n  - blue"), (COMMA, "blue"), {}),
+    "y38_name_hash": (yaml_of("['item #1', 'part #2']"), ("item #1", "part #2"), {}),
+    "y39_names_multiline": (yaml_of("['red',\n        'blue']\nnc: 2"), ("red", "blue"), {}),
+    "y41_names_flow_dict": (yaml_of("{1: blue, 0: red}"), ("red", "blue"), {}),
+    "y42_unindented_comment": (
+        yaml_of("\n# classes\n- red\n- blue\n\n# end\nextra: 1"),
+        ("red", "blue"),
+        {},
+    ),
+    "y45_names_yes_no": (
+        yaml_of("\n  0: no_helmet\n  1: helmet\nnames_fr: [a]"),
+        ("no_helmet", "helmet"),
+        {},
+    ),
+    "names with brackets, quotes and a colon": (
+        yaml_of('[\'bolt [M8]\', "3\\" pipe: long"]'),
+        ("bolt [M8]", '3" pipe: long'),
+        {},
+    ),
+    "y46_commas": (in_files(LABELS, lambda text: text.replace(" ", ", ")), ("red", "blue"), {}),
+    "y47_quoted_path": (
+        yaml_of("[red, blue]", "path: '.'\ntrain: \"images/train\"  # 3\nval: 'images/val/'\n"),
+        ("red", "blue"),
+        {},
+    ),
+    "y48_jpeg_dot_in_name": (
+        both(
+            rename("images/*/*.png", ".png", ".rf.0abc.png"),
+            rename(LABELS, ".txt", ".rf.0abc.txt"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "keypoints behind the box": (
+        both(
+            per_line(lambda line: line + " 0.1 0.2 2 0.3 0.4 1"),
+            yaml_of("[red, blue]\nkpt_shape: [2, 3]"),
+        ),
+        ("red", "blue"),
+        {"label lines with keypoints": 10},
+    ),
+}
+
+
+def layout_of(case: str, edit: Edit, tmp_path: Path) -> tuple[str, Path]:
+    layout = "voc" if case.startswith(("v", "one", "only", "VOC")) else "yolo"
+    root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
+    edit(root)
+    return layout, root
+
+
+@pytest.mark.parametrize("case", USED)
+def test_what_is_unambiguous_is_used_and_counted(case: str, tmp_path: Path) -> None:
+    edit, names, counts = USED[case]
+    boxes, found = read(*layout_of(case, edit, tmp_path))
+    require_right_boxes(boxes, names)
+    assert warned(found) == counts
+
+
+LINE = "labels/train/t1.txt"
+# case: the edit, the boxes of t1, and the warnings with their counts.
+CHANGED: dict[str, tuple[Edit, list[Any], dict[str, int]]] = {
+    "v03_float": (
+        replace("Annotations/t1.xml", "<xmin>12<", "<xmin>11.7<"),
+        [("red", [10.7, 11, 40.3, 30]), ("blue", BLUE)],
+        {},
+    ),
+    "v17_zero_based": (
+        in_files("Annotations/t1.xml", lambda t: t.replace("<xmin>12<", "<xmin>0<")),
+        [("red", [0, 11, 51, 30]), ("blue", BLUE)],
+        {"boxes over the border of their image": 1},
+    ),
+    "y03_polygons": (
+        put(LINE, "0 0.1 0.2 0.4 0.1 0.4 0.5 0.15 0.6\n" + label(1).splitlines()[1]),
+        [("red", [12, 9, 36, 45]), ("blue", BLUE)],
+        {"polygons": 1},
+    ),
+    "y08_slightly_out": (
+        put(LINE, "0 0.98 0.5 0.1 0.2\n1 1.002 0.5 0.004 0.1\n"),
+        [("red", [111.6, 36, 8.4, 18])],
+        {"boxes over the border of their image": 1, "boxes outside of their image": 1},
+    ),
+    "y32_box_touch": (
+        put(LINE, "0 0.5 0.5 1.0004 1.0004\n"),
+        [("red", [0, 0, 120, 90])],
+        {"boxes over the border of their image": 1},
+    ),
+    "y33_w_1.002": (
+        put(LINE, "0 0.5 0.5 1.002 0.5\n"),
+        [("red", [0, 22.5, 120, 45])],
+        {"boxes over the border of their image": 1},
+    ),
+    "y34_neg": (
+        put(LINE, "0 -0.002 0.5 0.1 0.1\n"),
+        [("red", [0, 40.5, 5.76, 9])],
+        {"boxes over the border of their image": 1},
+    ),
+    "y35_zero_w": (
+        put(LINE, "0 0.5 0.5 0 0.1\n" + label(1).splitlines()[1]),
+        [("blue", BLUE)],
+        {"label lines without width or height": 1},
+    ),
+    "an image without a label file": (
+        lambda root: (root / LINE).unlink(),
+        [],
+        {"images without a label file": 1},
+    ),
+    "six decimals at the border are no finding": (
+        put(LINE, "0 0.625001 0.611112 0.750001 0.777778\n"),
+        [("red", [30.0, 20.0, 90.0, 70.0])],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_boxes_that_are_changed_are_counted(case: str, tmp_path: Path) -> None:
+    edit, expected, counts = CHANGED[case]
+    boxes, found = read(*layout_of(case, edit, tmp_path))
+    own = boxes["train"]["t1.png"]
+    assert [name for name, _ in own] == [name for name, _ in expected]
+    for (_, box), (_, right) in zip(own, expected, strict=True):
+        np.testing.assert_allclose(box, right, rtol=0, atol=2e-3)
+    assert warned(found) == counts
+
+
+def two_voc_folders(root: Path) -> None:
+    for name in ("VOC2007", "VOC2012"):
+        voc(root / name)
+    for name in ("JPEGImages", "Annotations", "ImageSets"):
+        shutil.rmtree(root / name)
+
+
+# case: the edit, and what the message must say.
+REFUSED: dict[str, tuple[Edit, list[str]]] = {
+    "v08_utf8_declared_wrong": (
+        in_files(
+            "Annotations/t1.xml",
+            lambda t: (
+                '<?xml version="1.0" encoding="utf-8"?>\n' + t.replace(TEXT, "<name>é</name>")
+            ),
+            "latin-1",
+        ),
+        [r"Annotations/t1\.xml byte \d+ is not utf-8", "encoding they declare"],
+    ),
+    "v09_kaggle_flat": (
+        both(
+            lambda root: shutil.rmtree(root / "ImageSets"),
+            rename("JPEGImages", "JPEGImages", "images"),
+            rename("Annotations", "Annotations", "annotations"),
+        ),
+        [r"python -m tools\.convert voc \S+/data NEW_FOLDER --val-share 0\.2"],
+    ),
+    "v14_swapped": (
+        in_files("Annotations/t1.xml", lambda t: t.replace("<xmin>71", "<xmin>171")),
+        [r"Annotations/t1\.xml:3 'blue' xmin 171 is above xmax 100"],
+    ),
+    "v19_no_bndbox": (
+        replace("Annotations/t1.xml", "bndbox", "robndbox"),
+        [r"objects that cannot be read.*Annotations/t1\.xml:2 'red' has no <bndbox>"],
+    ),
+    "v24_no_name": (
+        replace("Annotations/t1.xml", TEXT, ""),
+        [r"Annotations/t1\.xml:2 has no <name>"],
+    ),
+    "v26_devkit": (two_voc_folders, [r"\S+/data/VOC2007, \S+/data/VOC2012"]),
+    "voc, cut short": (
+        in_files("Annotations/t1.xml", lambda t: t[:-40]),
+        [r"Annotations/t1\.xml no element"],
+    ),
+    "voc, a corner is text": (
+        replace("Annotations/t1.xml", "<xmin>71<", "<xmin>wide<"),
+        [r"t1\.xml:3 'blue' <xmin> is 'wide'"],
+    ),
+    "voc, a corner is nan": (
+        replace("Annotations/t1.xml", "<xmin>71<", "<xmin>nan<"),
+        [r"t1\.xml:3 'blue' <xmin> is 'nan'"],
+    ),
+    "voc, another size": (
+        replace("Annotations/t1.xml", "<width>120", "<width>240"),
+        ["another size than in their XML.*t1.png is 120 x 90, not 240 x 90"],
+    ),
+    "voc, swapped size": (
+        in_files(
+            XML,
+            lambda t: t.replace(">120<", ">91<").replace(">90<", ">120<").replace(">91<", ">90<"),
+        ),
+        ["width and height are swapped in their XML.*is 120 x 90, not 90 x 120"],
+    ),
+    "voc, XML without an image": (
+        lambda root: (root / "JPEGImages/t1.png").unlink(),
+        ["XML files without an image.*Annotations/t1.xml nor 't1.png'"],
+    ),
+    "voc, two images of one name": (
+        both(
+            lambda root: save(root / "JPEGImages/t1.jpg", 1),
+            replace("Annotations/t1.xml", "t1.png", "t1"),
+        ),
+        ["several images of their name.*Annotations/t1.xml"],
+    ),
+    "voc, a file of another tool": (
+        put("Annotations/t1.xml", "<annotations><image id='1'/></annotations>"),
+        ["its root is <annotations>, not <annotation>"],
+    ),
+    "voc, listed and not there": (
+        put("ImageSets/Main/train.txt", "t0\nlost"),
+        [r"a list names and that are missing.*Annotations/lost\.xml"],
+    ),
+    "voc, nothing": (lambda root: shutil.rmtree(root / "Annotations"), [r"missing.*t0\.xml"]),
+    "y04_class_out_of_range": (
+        put(LINE, label(1) + "2 0.5 0.5 0.1 0.1\n"),
+        [r"labels/train/t1\.txt:3 class 2 of 2", "count from 0"],
+    ),
+    "y09_no_val": (
+        yaml_of("[red, blue]", "train: images/train\n"),
+        [r"python -m tools\.convert yolo \S+/data NEW_FOLDER --val-share 0\.2"],
+    ),
+    "y12_names_from_1": (
+        yaml_of("\n  1: red\n  2: blue"),
+        ["numbered from 1", "label files count classes from 0"],
+    ),
+    "y20_pixels": (
+        put(LINE, "0 30 25 40 30\n"),
+        [r"not shares of their image.*labels/train/t1\.txt:1 \[30.*pixels\? divide"],
+    ),
+    "y22_anchor_names": (
+        yaml_of("\n- red: dark\n- blue"),
+        [r"data\.yaml:4: name 0 is read as \{'red': 'dark'\}"],
+    ),
+    "y27_labels_elsewhere": (
+        rename("labels", "labels", "annotations"),
+        [r"no label file for any of 3 images; looked in \S+/data/labels/train"],
+    ),
+    "Images with a capital": (
+        both(
+            rename("images", "images", "Images"),
+            yaml_of("[red, blue]", "train: Images/train\nval: Images/val\n"),
+        ),
+        [r"looked in \S+/data/Images/train"],
+    ),
+    "a name that YAML reads as a truth value": (
+        yaml_of("[yes, no]"),
+        ["name 0 is read as True, no text; quote it"],
+    ),
+    "names twice": (yaml_of("[red, red]"), ["the name 'red' occurs twice"]),
+    "a key twice": (yaml_of("[red, blue]\nnames: [blue, red]"), ["gives 'names' twice"]),
+    "a number twice": (yaml_of("{0: red, 0: blue}"), ["gives '0' twice"]),
+    "nc disagrees": (yaml_of("[red, blue]\nnc: 3"), ["nc is 3, but there are 2 names"]),
+    "no YAML": (yaml_of("[red, blue"), [r"data\.yaml:\d+ is no YAML"]),
+    "YAML in UTF-16": (in_files("data.yaml", str, "utf-16"), ["is not UTF-8 at byte 0"]),
+    "two YAML files without data.yaml": (
+        both(rename("data.yaml", "data", "a"), put("b.yaml", "x: 1")),
+        [r"2 YAML files and no data\.yaml.*--data-path \S+/a\.yaml"],
+    ),
+    "a folder that is not there": (
+        yaml_of("[red, blue]", "train: images/nowhere\nval: images/val\n"),
+        ["train: 'images/nowhere' does not exist below"],
+    ),
+    "decimal commas": (
+        in_files(LINE, lambda text: text.replace(".", ",")),
+        [r"label lines that cannot be read.*t1\.txt:1 '0 0,2"],
+    ),
+    "four numbers": (put(LINE, "0 0.5 0.5 0.5"), [r"t1\.txt:1 4 numbers"]),
+    "a number is text": (put(LINE, "0 0.5 wide 0.5 0.5"), [r"t1\.txt:1 '0 0.5 wide 0.5 0.5'"]),
+    "nan": (put(LINE, "0 0.5 nan 0.5 0.5"), [r"t1\.txt:1 '0 0.5 nan"]),
+    "a class is text": (put(LINE, "red 0.5 0.5 0.5 0.4"), [r"t1\.txt:1 'red 0.5"]),
+    "half a class": (put(LINE, "0.5 0.5 0.5 0.5 0.4"), [r"t1\.txt:1 class 0\.5 of 2"]),
+    "labels in UTF-16": (in_files(LINE, str, "utf-16"), [r"t1\.txt byte 0 is not UTF-8"]),
+    "an image that is none": (
+        put("images/train/t1.png", "text"),
+        ["images/train/t1.png is no JPEG, PNG, WebP, BMP, TIFF or GIF"],
+    ),
+    "an image of another format": (
+        put("images/train/x.heic", "text"),
+        [r"of another format.*images/train/x\.heic.*magick"],
+    ),
+    "images share a label file": (
+        lambda root: save(root / "images/train/t1.jpg", 1),
+        [r"share a label file.*t1\.jpg"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_ambiguous_is_refused_with_file_and_fix(case: str, tmp_path: Path) -> None:
+    edit, patterns = REFUSED[case]
+    layout, root = layout_of(case, edit, tmp_path)
+    with pytest.raises(UserError) as caught:
+        read(layout, root)
+    for pattern in patterns:
+        assert re.search(pattern, str(caught.value)), str(caught.value)
+    assert not list((tmp_path / "cache").rglob("*.json"))  # nothing half-made is left to be used
+
+
+def test_all_errors_of_both_splits_are_listed_at_once(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    write(root / LINE, "7 0.5 0.5 0.5 0.4\n0 30 25 40 30\n")
+    write(root / "labels/val/v3.txt", "0 0.5\n")
+    with pytest.raises(UserError) as caught:
+        formats.coco_paths("yolo", root)
+    text = str(caught.value)
+    assert "t1.txt:1 class 7" in text and "t1.txt:2 [30" in text and "v3.txt:1 2 numbers" in text
+
+
+def test_the_yaml_file_itself_is_a_data_path(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    write(root / "other.yaml", yaml_text("[dark, light]"))
+    require_right_boxes(read("yolo", root)[0])
+    require_right_boxes(read("yolo", root / "other.yaml")[0], ("dark", "light"))
+
+
+# --- EXIF -----------------------------------------------------------------------------------------
+
+
+def turned_back(image: Image.Image, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    """Return the pixels that a viewer shows as `image` with the EXIF orientation."""
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transpositions, inverted
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if orientation == 1:
+        return image, exif
+    stored = image.transpose(Image.Transpose(back[orientation]))
+    shown = stored.copy()
+    shown.getexif()[0x0112] = orientation
+    assert np.array_equal(np.asarray(ImageOps.exif_transpose(shown)), np.asarray(image))
+    return stored, exif
+
+
+def is_red(pixels: np.ndarray) -> np.ndarray:
+    return (pixels[..., 0] > 200) & (pixels[..., 1:] < 60).all(axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "tiff"])
+@pytest.mark.parametrize("size", [SIZE, (100, 100)])
+def test_e01_yolo_boxes_lie_where_viewers_show_them(
+    size: tuple[int, int], kind: str, tmp_path: Path
+) -> None:
+    root = yolo(tmp_path / "data")
+    for path in [*root.glob("images/*/*"), *root.glob("labels/*/*")]:
+        path.unlink()
+    x, y, w, h = red(1)
+    shares = [(x + w / 2) / size[0], (y + h / 2) / size[1], w / size[0], h / size[1]]
+    for orientation in range(1, 9):
+        image, exif = turned_back(picture(1, size, with_blue=False), orientation)
+        for split in SPLITS:
+            options = {"lossless": True} if kind == "webp" else {}
+            image.save(root / "images" / split / f"o{orientation}.{kind}", exif=exif, **options)
+            write(
+                root / "labels" / split / f"o{orientation}.txt", f"0 {' '.join(map(str, shares))}"
+            )
+    paths = formats.coco_paths("yolo", root)
+    about, _ = coco_json.read_annotations(paths["train_annotations"])
+    assert len(about) == 8
+    np.testing.assert_allclose(about.boxes_xywh, [red(1)] * 8)
+    for i in range(8):
+        file, folder = about.file_name(i), paths["train_images"]
+        pixels = coco_utils.read_image(folder / file, folder, tuple(about.sizes[i].tolist()))
+        rows, columns = np.nonzero(is_red(pixels.permute(1, 2, 0).numpy()))
+        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert found == [x, y, x + w, y + h], file
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("size", [SIZE, (100, 100)])
+def test_voc_follows_the_size_and_warns_where_it_cannot_tell(
+    size: tuple[int, int], orientation: int, tmp_path: Path
+) -> None:
+    root = voc(tmp_path / "data")
+    image, exif = turned_back(picture(1, size), orientation)
+    image.save(root / "JPEGImages" / "t1.png", exif=exif)
+    told = orientation >= 5 and size == SIZE
+    for width, height, is_shown in ((*size, True), (*image.size, not told)):
+        path = root / "Annotations" / "t1.xml"
+        text = re.sub(
+            "<width>.*</height>",
+            f"<width>{width}</width><height>{height}</height>",
+            xml(1, "t1.png"),
+        )
+        write(path, text.replace(f"{SIZE}", ""))
+        boxes, found = read("voc", root)
+        rule = "image files turned by EXIF, which their size cannot confirm"
+        assert warned(found).get(rule, 0) == (0 if told else 1)
+        folder = root / "JPEGImages"
+        pixels = coco_utils.read_image(folder / "t1.png", folder, (height, width))
+        right = picture(1, size) if is_shown else image
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(right))
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def encoded(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
+
+
+def of_16_bits() -> bytes:
+    values = np.asarray(picture(1)).astype(np.uint16)[..., 0] * 257
+    return encoded(Image.fromarray(values), format="TIFF")
+
+
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", SIZE, "green")]}
+SLOW: dict[str, Callable[[], bytes]] = {
+    "bmp": lambda: encoded(picture(1), format="BMP"),
+    "gif": lambda: encoded(picture(1), format="GIF", **FRAMES),
+    "tiff": lambda: encoded(picture(1), format="TIFF", compression="tiff_lzw"),
+    "tiff, gray": lambda: encoded(picture(1).convert("L"), format="TIFF"),
+    "tiff of two pages": lambda: encoded(picture(1), format="TIFF", **FRAMES),
+    "i05_animated_webp": lambda: encoded(picture(1), format="WEBP", lossless=True, **FRAMES),
+}
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_slow_formats_are_read_by_pil_and_are_named(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "a", SLOW[kind]())
+    expected = np.asarray(picture(1).convert("L" if "gray" in kind else "RGB").convert("RGB"))
+    pixels = coco_utils.read_image(tmp_path / "a", tmp_path, (90, 120)).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, expected)  # the first frame
+    assert coco_utils.read_header(tmp_path / "a").is_slow
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (of_16_bits(), "has 16 bits per channel"),
+        (encoded(picture(1), format="TIFF")[:-9999], "is damaged"),
+        (encoded(picture(1), format="GIF")[:200], "is damaged"),
+        (encoded(picture(1), format="JPEG2000"), "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
+        (b"<!DOCTYPE html><html></html>", "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_refused(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "a", content)
+    with pytest.raises(coco_utils.ImageError, match=message) as caught:
+        coco_utils.read_image(tmp_path / "a", tmp_path, (90, 120))
+    assert caught.value.rule in coco_json.RULES
+
+
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_decoding(tmp_path: Path) -> None:
+    content = encoded(picture(1), format="JPEG", progressive=True)
+    start = content.rindex(b"\xff\xda")
+    write(tmp_path / "usual.jpg", content)
+    write(tmp_path / "bomb.jpg", content[:start] + content[start:-2] * 300 + content[-2:])
+    assert coco_utils.read_image(tmp_path / "usual.jpg", tmp_path, (90, 120)).shape == (3, 90, 120)
+    with pytest.raises(coco_utils.ImageError, match="has 3\\d\\d scans"):
+        coco_utils.read_image(tmp_path / "bomb.jpg", tmp_path, (90, 120))
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+DAMAGE = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def damaged(text: str) -> st.SearchStrategy[bytes]:
+    """Cut, doubled or overwritten pieces of a text."""
+    data = text.encode()
+    place = st.integers(0, len(data) - 1)
+    piece = st.one_of(
+        st.binary(max_size=3),
+        st.sampled_from([b"\n", b"'", b'"', b"<", b"&", b": ", b"- ", b"nan", b"0"]),
+    )
+    return st.builds(lambda a, n, p: data[:a] + p + data[a + n :], place, st.integers(0, 30), piece)
+
+
+def values_in(content: bytes) -> set[float]:
+    return {float(n) for n in re.findall(rb"-?\d+(?:\.\d*)?(?:e-?\d+)?", content)}
+
+
+@DAMAGE
+@given(content=damaged(label(1)))
+def test_damaged_label_text_is_refused_or_read_as_it_says(content: bytes, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    if not root.exists():
+        yolo(root)
+    write(root / LINE, content)
+    try:
+        boxes, _ = read("yolo", root)
+    except UserError as error:
+        assert "t1.txt" in str(error)
+        return
+    lines = [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+    rows = [[float(v) for v in re.split(r"[\s,]+", line.strip().rstrip(","))] for line in lines]
+    for name, (x, y, w, h) in boxes["train"]["t1.png"]:
+        box = [x / 120, y / 90, (x + w) / 120, (y + h) / 90]
+        same = [row for row in rows if int(row[0]) == ["red", "blue"].index(name)]
+        assert any(box == pytest.approx(extent(row), abs=2e-5) for row in same), content
+
+
+def extent(row: list[float]) -> list[float]:
+    """Return the corners, as shares within 0 … 1, of a line's box or polygon."""
+    x, y, w, h = row[1:5]
+    corners = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+    if len(row) > 6:
+        xs, ys = row[1::2], row[2::2]
+        corners = [min(xs), min(ys), max(xs), max(ys)]
+    return [min(max(share, 0), 1) for share in corners]
+
+
+@DAMAGE
+@given(content=damaged(xml(1, "t1.png")))
+def test_damaged_xml_is_refused_or_read_as_it_says(content: bytes, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    if not root.exists():
+        voc(root)
+    write(root / "Annotations/t1.xml", content)
+    try:
+        boxes, _ = read("voc", root)
+    except UserError as error:
+        assert "t1" in str(error)
+        return
+    values = values_in(content)
+    for _, (x, y, w, h) in boxes["train"]["t1.png"]:
+        for corner, limits in ((x + 1, (1,)), (y + 1, (1,)), (x + w, (120,)), (y + h, (90,))):
+            assert corner in limits or any(abs(corner - v) < 2e-3 for v in values), content
+
+
+@DAMAGE
+@given(content=damaged(yaml_text("\n  0: 'red, dark'\n  1: blue #2")))
+def test_damaged_yaml_is_refused_or_read_as_yaml_says(content: bytes, tmp_path: Path) -> None:
+    import yaml
+
+    root = tmp_path / "data"
+    if not root.exists():
+        yolo(root)
+    write(root / "data.yaml", content)
+    try:
+        boxes, _ = read("yolo", root)
+    except UserError:
+        return
+    names = yaml.safe_load(content.decode("utf-8-sig"))["names"]
+    names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names
+    assert [name for name, _ in boxes["train"]["t1.png"]] == [str(name) for name in names[:2]]
+    assert boxes["train"]["t1.png"][0][1] == pytest.approx(red(1), abs=2e-3)
+
+
+# --- tools.convert --------------------------------------------------------------------------------
+
+
+def converted(folder: Path) -> dict[str, dict[str, list[Any]]]:
+    """Return (name, box) by image of a folder that tools.convert wrote, having read the images."""
+    boxes: dict[str, dict[str, list[Any]]] = {}
+    for split in formats.SPLITS:
+        about, _ = coco_json.read_annotations(folder / f"annotations/instances_{split}2017.json")
+        boxes[split] = {}
+        for i in range(len(about)):
+            root, file = folder / f"{split}2017", about.file_name(i)
+            coco_utils.read_image(root / file, root, tuple(about.sizes[i].tolist()))
+            start, end = about.offsets[i : i + 2]
+            names = [about.categories[k][1] for k in about.category_index[start:end]]
+            rows = about.boxes_xywh[start:end].round(3).tolist()
+            boxes[split][file] = list(zip(names, rows, strict=True))
+    return boxes
+
+
+def test_convert_keeps_the_split_of_each_layout(tmp_path: Path) -> None:
+    convert.main(["voc", str(voc(tmp_path / "voc")), str(tmp_path / "a")])
+    convert.main(["yolo", str(yolo(tmp_path / "yolo")), str(tmp_path / "b"), "--copy"])
+    convert.main(["coco", str(tmp_path / "b"), str(tmp_path / "c")])
+    for name in "abc":
+        require_right_boxes(converted(tmp_path / name), ("red", "blue"))
+    assert (tmp_path / "a/train2017/t0.png").is_symlink()
+    assert not (tmp_path / "b/train2017/t0.png").is_symlink()
+    with pytest.raises(UserError, match="is there already"):
+        convert.main(["coco", str(tmp_path / "b"), str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
+def test_convert_draws_a_split_where_there_is_none(layout: str, tmp_path: Path) -> None:
+    if layout == "voc":
+        root = voc(tmp_path / "data")
+        REFUSED["v09_kaggle_flat"][0](root)
+    else:
+        root = yolo(tmp_path / "data")
+        classes_txt(root)
+        for path in [*root.glob("images/*/*"), *root.glob("labels/*/*")]:
+            path.rename(path.parent.parent / path.name)
+        for path in [*root.glob("images/*/"), *root.glob("labels/*/")]:
+            if path.is_dir():
+                path.rmdir()
+    if layout == "coco":
+        rows = formats.read(formats.find("yolo", root), root)["all"]
+        document = formats.as_coco(rows, root / "images", [(3, "red"), (7, "blue")])
+        shutil.rmtree(root / "labels")
+        write(root / "result.json", json.dumps(document))
+    drawn = {}
+    for seed in ("0", "0", "1", "2"):
+        output = tmp_path / f"out{len(drawn)}"
+        convert.main([layout, str(root), str(output), "--val-share", "0.4", "--seed", seed])
+        boxes = converted(output)
+        assert [len(boxes[split]) for split in ("train", "val")] == [3, 2]
+        require_right_boxes(boxes, ("red", "blue"))
+        drawn[output.name] = sorted(boxes["val"])
+    assert drawn["out0"] == drawn["out1"] and len(set(map(tuple, drawn.values()))) > 1
+    if layout == "coco":
+        about, _ = coco_json.read_annotations(tmp_path / "out0/annotations/instances_val2017.json")
+        assert about.categories == ((3, "red"), (7, "blue"))  # ids stay
+
+
+def test_frames_of_one_video_stay_together(tmp_path: Path) -> None:
+    samples = [
+        formats.Sample(Path(f"/x/video{v}_{f}.jpg"), (90, 120)) for v in range(5) for f in range(4)
+    ]
+    for seed in range(5):
+        drawn = convert.split_samples(samples, 0.3, seed, r"^(video\d)_")
+        videos = {s: {r.image.name[:6] for r in rows} for s, rows in drawn.items()}
+        assert not videos["train"] & videos["val"] and len(drawn["val"]) == 8
+    with pytest.raises(
+        UserError, match="does not match 20 of 20 file names, such as 'video0_0.jpg'"
+    ):
+        convert.split_samples(samples, 0.3, 0, "frame")
+    with pytest.raises(UserError, match="20 images in 1 group cannot be split"):
+        convert.split_samples(samples, 0.3, 0, "video")
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
+def test_two_lines_lead_from_each_layout_to_training(layout: str, tmp_path: Path) -> None:
+    if layout == "voc":
+        root = voc(tmp_path / "data")
+        REFUSED["v09_kaggle_flat"][0](root)
+    else:
+        root = yolo(tmp_path / "data")
+    if layout == "coco":
+        run_script("-m", "tools.convert", "yolo", root, tmp_path / "made")
+        root = tmp_path / "made"
+    run_script("-m", "tools.convert", layout, root, tmp_path / "mydata")
+    data = ("--data-path", tmp_path / "mydata", "--output-dir", tmp_path / "run")
+    done = run_script("train.py", *TINY, *data, "--epochs", "1")
+    assert "Average Precision" in done.stdout + done.stderr
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_training_logs_what_the_conversion_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import train
+
+    root = yolo(tmp_path / "data")
+    write(root / LINE, label(1) + "\n" + label(1))
+    for _ in range(2):  # also from the cache
+        paths = train.data_paths("yolo", root, {})
+        with caplog.at_level("WARNING", logger="retinanet"):
+            train.logger.propagate = True
+            train.read_splits(paths, ["train"])
+        assert "label lines that occur twice in a file" in caplog.text
+        assert "labels/train/t1.txt:4" in caplog.text
+        caplog.clear()
+
+
+def test_a_file_that_changes_is_converted_again(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    require_right_boxes(read("yolo", root)[0])
+    about = (root / LINE).stat()
+    write(root / LINE, label(1).splitlines()[1])
+    os.utime(root / LINE, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert [name for name, _ in read("yolo", root)[0]["train"]["t1.png"]] == ["blue"]

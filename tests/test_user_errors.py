@@ -1,0 +1,207 @@
+"""What a user can mend ends in one message: pytest tests/test_user_errors.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+
+import coco_utils
+import data_cache
+import engine
+import train as train_script
+import utils
+from utils import LocalError, UserError
+
+Start = Callable[..., int]
+
+
+@pytest.fixture
+def start(
+    tiny_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """Start train.py as its command line does, in this process."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def run(*flags: str) -> None:
+        command = ["train.py", "--data-path", str(tiny_shapes), *TINY, "--epochs", "1"]
+        folder = ("--output-dir", str(tmp_path / "run"))
+        monkeypatch.setattr(sys, "argv", [*command, *folder, *flags])
+        train_script.run_from_command_line()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_mistake_in_the_code_keeps_its_traceback(
+    start: Start, monkeypatch: pytest.MonkeyPatch, workers: str
+) -> None:
+    if workers == "0":  # `for number, (images, targets) in …` of engine.py
+        monkeypatch.setattr(coco_utils, "collate", lambda samples: (1, 2, 3))
+    else:
+
+        def unpack(samples: Any) -> Any:
+            a, b = (1, 2, 3)
+            return a, b
+
+        monkeypatch.setattr(coco_utils, "collate", unpack)
+    with pytest.raises(ValueError, match="too many values to unpack") as raised:
+        start("--workers", workers)
+    files = {Path(frame.filename) for frame in traceback.extract_tb(raised.value.__traceback__)}
+    assert Path(engine.__file__) in files
+    assert ("Original Traceback" in str(raised.value)) == (workers == "1")
+
+
+def test_what_a_user_can_mend_is_one_line_and_status_1(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        start("--batch-size", "1000")
+    assert raised.value.code == 1
+    text = "error: --batch-size 1000 is more than the 15 images to train on\n"
+    assert capsys.readouterr().err == text
+
+
+def test_an_error_of_a_loader_worker_is_one_line(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*of: Any) -> Any:
+        raise coco_utils.ImageError("is damaged")
+
+    monkeypatch.setattr(coco_utils, "read_image", damaged)
+    with pytest.raises(SystemExit) as raised:
+        start("--workers", "1")
+    assert raised.value.code == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and text.startswith("error: ") and "is damaged" in text
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "1"}, "RANK=1 .* WORLD_SIZE is not"),
+        ({"RANK": "abc"}, "RANK=abc"),
+        ({"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK=2 .*=2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "MASTER_PORT is not"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "x"},
+            "MASTER_PORT=x",
+        ),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
+    ],
+)
+def test_a_wrong_launch_is_refused_with_the_variable(
+    variables: dict[str, str],
+    named: str,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LocalError, match=named), utils.processes("cpu"):
+        pass
+    with pytest.raises(SystemExit) as raised:
+        start()
+    assert raised.value.code == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "start with torchrun, or unset" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "out of memory"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "out of memory"),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible"
+            ),
+            "--ipc=host",
+        ),
+        (
+            RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_51_21_1>: No space left on "
+                "device (28)"
+            ),
+            "--workers 0",
+        ),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    ],
+)
+def test_what_workers_lack_is_said(error: Exception, advice: str) -> None:
+    with pytest.raises(LocalError) as raised, utils.worker_errors():
+        raise error
+    assert advice in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of shared memory"), OSError(5, "I/O")])
+def test_other_errors_pass_as_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, utils.worker_errors():
+        raise error
+    assert raised.value is error
+
+
+def test_a_killed_worker_of_one_process_is_one_line(
+    start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*of: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(coco_utils, "read_image", die)
+    with pytest.raises(SystemExit) as raised:
+        start("--workers", "1")
+    assert raised.value.code == 1
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "a loader worker was killed" in text
+
+
+def test_tensorboard_without_its_package_is_refused_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert importlib.util.find_spec("tensorboard") is not None
+    command = ["--dataset", "shapes", "--tensorboard", "--output-dir", str(tmp_path / "run")]
+    args = train_script.parse_args(command)
+    train_script.check_flags(args)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tensorboard\]'"):
+        train_script.main(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_home_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> Any:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        train_script.data_paths("shapes", None, {})
+
+
+def test_a_full_cache_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    full = tmp_path / "cache"
+    full.write_text("")  # what is no folder takes no files, as little as a full disk
+    monkeypatch.setenv("XDG_CACHE_HOME", str(full))
+    with pytest.raises(UserError, match=f"{full}"):
+        train_script.data_paths("shapes", None, {})
+    assert data_cache.folder().parent == full
