@@ -615,21 +615,20 @@ def make_loader(
     dataset: coco_utils.CocoDetection, batches: Any, workers: int, device: torch.device, keep: bool
 ) -> DataLoader:
     """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
-    with warnings.catch_warnings():
-        # `progress.worker_warnings` has better words for it.
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=coco_utils.collate,
-            pin_memory=device.type == "cuda",
-            timeout=utils.LOADER_TIMEOUT if workers else 0,
-            persistent_workers=keep and workers > 0,
-            worker_init_fn=utils.ignore_stop_signals,
-            multiprocessing_context="fork" if workers else None,  # shares the packed annotations
-            generator=torch.Generator(),  # else it draws from the main process's random numbers
-        )
+    # Once a loader is used; `progress.worker_warnings` has better words for it.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=coco_utils.collate,
+        pin_memory=device.type == "cuda",
+        timeout=utils.LOADER_TIMEOUT if workers else 0,
+        persistent_workers=keep and workers > 0,
+        worker_init_fn=utils.ignore_stop_signals,
+        multiprocessing_context="fork" if workers else None,  # shares the packed annotations
+        generator=torch.Generator(),  # else it would draw from the main process's random numbers
+    )
 
 
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
