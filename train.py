@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import signal
 import sys
 import traceback
 import warnings
@@ -614,21 +615,20 @@ def make_loader(
     dataset: coco_utils.CocoDetection, batches: Any, workers: int, device: torch.device, keep: bool
 ) -> DataLoader:
     """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
-    with warnings.catch_warnings():
-        # `progress.worker_warnings` has better words for it.
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        return DataLoader(
-            dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=coco_utils.collate,
-            pin_memory=device.type == "cuda",
-            timeout=utils.LOADER_TIMEOUT if workers else 0,
-            persistent_workers=keep and workers > 0,
-            worker_init_fn=utils.ignore_stop_signals,
-            multiprocessing_context="fork" if workers else None,  # shares the packed annotations
-            generator=torch.Generator(),  # else it draws from the main process's random numbers
-        )
+    # Once a loader is used; `progress.worker_warnings` has better words for it.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=coco_utils.collate,
+        pin_memory=device.type == "cuda",
+        timeout=utils.LOADER_TIMEOUT if workers else 0,
+        persistent_workers=keep and workers > 0,
+        worker_init_fn=utils.ignore_stop_signals,
+        multiprocessing_context="fork" if workers else None,  # shares the packed annotations
+        generator=torch.Generator(),  # else it would draw from the main process's random numbers
+    )
 
 
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
@@ -911,6 +911,7 @@ def run_from_command_line() -> None:
     try:
         status = main(parse_args())
     except KeyboardInterrupt:  # later ones are taken by `utils.StopSignal`
+        status = 128 + signal.SIGINT
         print("error: interrupted before the run began", file=sys.stderr)
     except Exception as error:
         _print_error(error)
@@ -923,13 +924,13 @@ def run_from_command_line() -> None:
 
 def _print_error(error: Exception) -> None:
     """Print what a user can mend as one message, and anything else with its traceback."""
-    text = str(error).strip()
     if isinstance(error, utils.PeerError):
-        print(f"error: [rank {utils.launch_rank()}] {text}", file=sys.stderr)
+        print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
     elif not isinstance(error, UserError):
         traceback.print_exception(error)
+    # All processes see the same flags and data, so one speaks; an image only one process saw.
     elif utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
-        # All processes see the same flags and data, so one speaks; an image only one process saw.
+        text = str(error).strip()
         if "Original Traceback" in text:  # raised in a DataLoader worker
             text = text.splitlines()[-1].split(": ", 1)[-1]
         print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)

@@ -618,7 +618,7 @@ def ignore_stop_signals(worker: int) -> None:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Turn what DataLoader raises if its workers lack memory or files, or die, into a LocalError.
+    """Turn what DataLoader raises if its workers lack memory, hang or die into a LocalError.
 
     It raises them wherever the main process happens to be.
     """
@@ -642,6 +642,12 @@ def _worker_problem(error: BaseException) -> str | None:
         return (
             "the loader workers have no room left in /dev/shm; start docker with --ipc=host (or "
             "--shm-size=8g), or give --workers 0"
+        )
+    if "DataLoader timed out" in text:
+        return (
+            f"no loader worker delivered a batch for {LOADER_TIMEOUT:.0f} seconds: the storage of "
+            "the images does not answer, or a worker is stopped (state D or T in ps); look at "
+            "that, then go on with --resume auto"
         )
     if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
         return (

@@ -13,6 +13,7 @@ that file).
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -24,8 +25,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,7 +99,7 @@ class Injector:
         def audit(event: str, arguments: tuple[Any, ...]) -> None:
             if event not in FILE_EVENTS or not str(arguments[0]).startswith(self.folder):
                 return
-            if event == "open" and not set(arguments[1] or "r") & set("wax+"):
+            if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
                 return
             if event == "os.remove":
                 self.reach(f"remove:{Path(arguments[0]).name}")
@@ -175,13 +177,18 @@ def record_and_hurt() -> None:
         finally:
             injector.is_saving = False
 
-    def write(path: Path, data: Any) -> None:
+    @contextlib.contextmanager
+    def new_file(path: Path) -> Iterator[Any]:
         moment = f"save:{injector.saves}:half"
-        if path.suffix == ".tmp" and path.stem.endswith(".pth") and moment in injector.faults:
-            with path.open("wb") as file:
-                file.write(data[: len(data) // 2])
+
+        def write_half(data: Any) -> None:
+            file.write(data[: len(data) // 2])
+            file.flush()
             injector.reach(moment)
-        original["_write"](path, data)
+
+        with original["new_file"](path) as file:
+            is_hurt = path.name.endswith(".pth.tmp") and moment in injector.faults
+            yield SimpleNamespace(write=write_half) if is_hurt else file
 
     def open_folder(*rest: Any) -> Any:
         injector.reach("joined")
@@ -189,12 +196,10 @@ def record_and_hurt() -> None:
 
     original: dict[str, Any] = {}
     for owner, replacement in (
-        *((engine, train_one_epoch), (engine, to_device), (checkpoint, write)),
+        *((engine, train_one_epoch), (engine, to_device), (checkpoint, new_file)),
         *((engine, flags), (run_module.Run, save), (train, open_folder)),
     ):
-        name = {"flags": "_Flags", "write": "_write"}.get(
-            replacement.__name__, replacement.__name__
-        )
+        name = {"flags": "_Flags"}.get(replacement.__name__, replacement.__name__)
         original[name] = getattr(owner, name)
         setattr(owner, name, replacement)
     for mutation in json.loads(os.environ.get("MUTATIONS", "[]")):

@@ -5,9 +5,13 @@ loss must be.
 """
 
 import copy
+import datetime
 import json
 import math
+import os
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 from torch import nn
 from torchvision.models import detection
 
@@ -293,6 +298,90 @@ def test_eval_every_zero_is_never(monkeypatch: pytest.MonkeyPatch) -> None:
     for run.state.epoch in range(10):
         due += [run.state.epoch] if run.evaluation_is_due() else []
     assert due == [4, 8, 9]  # and the last
+
+
+# --- shares that take different times ------------------------------------------------------------
+
+
+class _Slow:
+    """Batches that each take `seconds` to load; `at` is called before the one of that number."""
+
+    def __init__(self, batches: list[Any], seconds: float, at: dict[int, Callable[[], None]]):
+        self.batches, self.seconds, self.at = batches, seconds, at
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self.batches):
+            time.sleep(self.seconds)
+            self.at.get(number, lambda: None)()
+            yield batch
+
+
+def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    utils.STEP_TIMEOUT = datetime.timedelta(seconds=2)
+    utils.MEETING_EVERY = 0.2
+    batches = [collate([data[0, i]]) for i in range(len(data))]
+    share = batches[:1] if rank == 0 else batches[1:]  # rank 0 has less to do
+    asked: list[int] = []
+    at = {}
+    if case == "stop" and rank == 0:
+        at[0] = lambda: asked.append(1)
+    elif case == "hang" and rank == 1:
+        at[1] = lambda: time.sleep(60)
+    model = build(data)
+    with utils.processes("cpu") as processes:
+        evaluator = CocoEvaluator(data.annotations, data.label_map)
+        start = time.monotonic()
+        try:
+            finished, result = engine.evaluate(
+                model, _Slow(share, 0.5, at), evaluator, processes, should_stop=lambda: bool(asked)
+            )
+            seen = ["finished" if finished else "stopped", result is not None]
+        except utils.PeerError as error:
+            seen = [str(error), False]
+        seconds = time.monotonic() - start
+        (folder / f"{rank}.json").write_text(json.dumps([*seen, seconds]))
+        if case == "hang":
+            os._exit(0)  # the other one hangs still
+
+
+def _evaluate_on_two(data: CocoDetection, case: str, folder: Path) -> list[Any]:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    ranks = mp.start_processes(
+        _evaluate_share, (port, data, case, folder), 2, join=False, start_method="fork"
+    )
+    assert ranks is not None
+    if case == "hang":
+        ranks.processes[0].join()
+        ranks.processes[1].kill()
+    while case != "hang" and not ranks.join():
+        pass
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_a_share_that_takes_longer_than_the_timeout_is_waited_for(
+    data: CocoDetection, tmp_path: Path
+) -> None:
+    (first, second) = _evaluate_on_two(data, "slow", tmp_path)
+    assert first[:2] == ["finished", True] and second[:2] == ["finished", False]
+    assert first[2] > 2.5  # the timeout is 2 s
+
+
+def test_a_stop_of_one_process_ends_the_evaluation_of_all_within_seconds(
+    data: CocoDetection, tmp_path: Path
+) -> None:
+    (first, second) = _evaluate_on_two(data, "stop", tmp_path)
+    assert first[0] == second[0] == "stopped"
+    assert second[2] < 2.0  # its share takes 3 s
+
+
+def test_a_share_that_hangs_is_named_after_the_timeout(data: CocoDetection, tmp_path: Path) -> None:
+    ((message, _, seconds),) = _evaluate_on_two(data, "hang", tmp_path)
+    assert "another process of the run died or hangs" in message and "Ranks 1 failed" in message
+    assert 2 < seconds < 6
 
 
 # --- evaluation only ------------------------------------------------------------------------------

@@ -241,6 +241,39 @@ def test_6_signals_thrice_other_signals_and_to_one_rank(
     assert_same(runs.gate(), baseline(2))
 
 
+def test_22_a_closed_terminal_stops_a_run_as_sigterm_does(
+    make_runs: MakeRuns, baseline: Baseline
+) -> None:
+    runs = make_runs()
+    launched = stop_by_signal(runs, "step:2", dwell=0.5, do="SIGHUP")
+    assert preempted(runs).startswith("SIGHUP")
+    assert ", saved; the same command goes on" in launched.output()
+    runs.run(ranks=2)
+    assert_same(runs.gate(), baseline(2))
+    assert_nothing_is_left(runs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_goes_on(
+    ranks: int, make_runs: MakeRuns, baseline: Baseline
+) -> None:
+    # The step takes 20 s more, during which nobody asks whether to stop.
+    flags = ("--accumulate-steps", "2") if ranks == 1 else ()
+    runs = make_runs(*flags)
+    target = {"to": "launcher"} if ranks > 1 else {}
+    fault = {"at": "step:2", "do": "SIGINT", "times": 2, "pause": 1.5, "dwell": 20.0, **target}
+    launched = runs.run(ranks=ranks, check=False, faults=[fault])
+    seconds_until_gone(runs.folder)
+    seconds = runs.since_last_fault() - 1.5  # from the second
+    print(f"second Ctrl-C, {ranks} ranks: all gone {seconds:.1f} s later")
+    assert launched.process.returncode != 0 and seconds < 8
+    assert "the run stops after this step" in launched.output()
+    assert "ended at once; --resume auto goes on" in launched.output()
+    runs.run(ranks=ranks)
+    assert_same(runs.gate(), baseline(ranks, *flags))
+    assert_nothing_is_left(runs)
+
+
 # --- 7, 8: kills ----------------------------------------------------------------------------------
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import multiprocessing
+import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -236,6 +240,45 @@ def test_samples_are_the_same_for_any_number_of_workers(tiny_shapes: Path, polic
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True)), (
         "an image has to look different in another epoch"
     )
+
+
+class _StopsItself(torch.utils.data.Dataset[Any]):
+    """Images whose loader worker stops, as by SIGSTOP or a dead file server."""
+
+    def __getitem__(self, key: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(utils, "LOADER_TIMEOUT", 2.0)
+    data: Any = _StopsItself()
+    loader = train_script.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
+    try:
+        with pytest.raises(utils.LocalError, match="no loader worker delivered .* for 2 seconds"):
+            with utils.worker_errors():
+                next(iter(loader))
+    finally:
+        (worker,) = multiprocessing.active_children()
+        utils.kill_workers()
+    worker.join(5)
+    assert worker.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_warns_of_nothing_but_its_own_findings(
+    processes: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Also of what Python hides, but for one: torchvision 0.29 wants images decoded by a package
+    # that torchvision 0.25 does not know.
+    hidden = "ignore:The image decoding and encoding capabilities:DeprecationWarning"
+    monkeypatch.setenv("PYTHONWARNINGS", f"default,{hidden}")
+    flags = ("--epochs", "1", "--workers", "3", "--val-loss", "--output-dir", tmp_path / "run")
+    done = train(*flags, processes=processes)
+    text = done.stdout + done.stderr
+    assert "ended after step" in text and "--workers 3 for" in text  # the project's own words
+    assert "Warning" not in text, text
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-process", "2-processes"])

@@ -376,6 +376,58 @@ def _take_part(rank: int, world_size: int, port: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(seen))
 
 
+def test_an_exception_leaves_the_group_and_its_process_ends_all_the_same(tmp_path: Path) -> None:
+    # NCCL's destroy_process_group waits for operations that the others never join; gloo's does not.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = tmp_path / "script.py"
+    script.write_text(FAIL)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script],
+            env={
+                **os.environ,
+                **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
+                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)},
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 0]
+    assert "Traceback" in outputs[0] and "ValueError: on rank 0" in outputs[0]
+    assert outputs[1] == ""
+
+
+FAIL = """
+import atexit, os, sys, time
+import torch.distributed as dist
+import train, utils
+
+rank = os.environ["RANK"]
+destroy = dist.destroy_process_group
+dist.destroy_process_group = lambda: destroy() if rank == "1" else time.sleep(1000)
+if rank == "0":
+    atexit.register(time.sleep, 1000)  # as NCCL, when Python itself ends the process
+
+def main(args):
+    with utils.processes("cpu"):
+        if rank == "0":
+            raise ValueError("on rank 0")
+
+train.main = main
+train.parse_args = lambda: None
+train.run_from_command_line()
+"""
+
+
 def test_processes_join_agree_and_leave(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
