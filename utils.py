@@ -643,16 +643,16 @@ def _worker_problem(error: BaseException) -> str | None:
             "the loader workers have no room left in /dev/shm; start docker with --ipc=host (or "
             "--shm-size=8g), or give --workers 0"
         )
-    if "DataLoader timed out" in text:
-        return (
-            f"no loader worker delivered a batch for {LOADER_TIMEOUT:.0f} seconds: the storage of "
-            "the images does not answer, or a worker is stopped (state D or T in ps); look at "
-            "that, then go on with --resume auto"
-        )
     if re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", text):
         return (
             "a loader worker was killed, perhaps as the machine ran out of memory (see dmesg); "
             "give a smaller --workers or --batch-size"
+        )
+    if "DataLoader timed out" in text:
+        return (
+            f"no loader worker delivered a batch for {LOADER_TIMEOUT:.0f} seconds: the storage of "
+            "the images does not answer, or a worker is stopped (state D or T in ps), or /dev/shm "
+            "is full (docker: --ipc=host); then go on with --resume auto"
         )
     return None
 
