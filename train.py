@@ -618,15 +618,15 @@ def make_loader(
     # Once a loader is used; `progress.worker_warnings` has better words for it.
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
+        dataset.for_workers(),
+        batch_sampler=dataset.with_entries(batches),
         num_workers=workers,
         collate_fn=coco_utils.collate,
         pin_memory=device.type == "cuda",
         timeout=utils.LOADER_TIMEOUT if workers else 0,
         persistent_workers=keep and workers > 0,
         worker_init_fn=utils.ignore_stop_signals,
-        multiprocessing_context="fork" if workers else None,  # shares the packed annotations
+        multiprocessing_context="forkserver" if workers else None,
         generator=torch.Generator(),  # else it would draw from the main process's random numbers
     )
 
@@ -766,6 +766,8 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         # Processes, output folder, log
         utils.follow_launcher()
+        if args.workers:
+            utils.start_worker_server("train")
         utils.set_determinism(args.use_deterministic_algorithms)
         processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
         stack.enter_context(utils.worker_errors())
