@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "coco_json": {"utils"},
     "coco_utils": {"utils", "coco_json"},
     "data_cache": {"utils", "coco_json"},
-    "formats": {"utils", "coco_utils", "data_cache"},
+    "formats": {"utils", "coco_json", "coco_utils", "data_cache"},
     "presets": {"transforms"},
     "shapes": {"utils"},
     "coco_eval": {"utils"},
