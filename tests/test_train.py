@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,22 @@ def test_samples_are_the_same_for_any_number_of_workers(tiny_shapes: Path, polic
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True)), (
         "an image has to look different in another epoch"
     )
+
+
+def _kill_itself(image: Any, target: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("worker_server")
+def test_a_loader_worker_that_dies_ends_the_run_within_seconds(tiny_shapes: Path) -> None:
+    transforms: Any = _kill_itself
+    data = train_set(tiny_shapes, transforms)
+    loader = train_script.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
+    start = time.monotonic()
+    with pytest.raises(utils.LocalError, match="a loader worker was killed"):
+        with utils.worker_errors():
+            next(iter(loader))
+    assert time.monotonic() - start < 15
 
 
 def _stop_itself(image: Any, target: Any) -> Any:
