@@ -950,13 +950,13 @@ def run_from_command_line() -> None:
 
 def _print_error(error: Exception) -> None:
     """Print what a user can mend as one message, and anything else with its traceback."""
-    text = str(error).strip()
     if isinstance(error, utils.PeerError):
-        print(f"error: [rank {utils.launch_rank()}] {text}", file=sys.stderr)
+        print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
     elif not isinstance(error, UserError):
         traceback.print_exception(error)
+    # All processes see the same flags and data, so one speaks; an image only one process saw.
     elif utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
-        # All processes see the same flags and data, so one speaks; an image only one process saw.
+        text = str(error).strip()
         if "Original Traceback" in text:  # raised in a DataLoader worker
             text = text.splitlines()[-1].split(": ", 1)[-1]
         print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)

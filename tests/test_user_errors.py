@@ -7,7 +7,6 @@ import os
 import pwd
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,10 @@ def start(
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_mistake_in_the_code_keeps_its_traceback(
-    start: Start, monkeypatch: pytest.MonkeyPatch, workers: str
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    workers: str,
 ) -> None:
     if workers == "0":  # `for number, (images, targets) in …` of engine.py
         monkeypatch.setattr(coco_utils, "collate", lambda samples: (1, 2, 3))
@@ -57,11 +59,14 @@ def test_a_mistake_in_the_code_keeps_its_traceback(
             return a, b
 
         monkeypatch.setattr(coco_utils, "collate", unpack)
-    with pytest.raises(ValueError, match="too many values to unpack") as raised:
+    with pytest.raises(SystemExit) as raised:
         start("--workers", workers)
-    files = {Path(frame.filename) for frame in traceback.extract_tb(raised.value.__traceback__)}
-    assert Path(engine.__file__) in files
-    assert ("Original Traceback" in str(raised.value)) == (workers == "1")
+    assert raised.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback (most recent call last):")
+    assert "ValueError: " in printed and "too many values to unpack" in printed
+    assert f'File "{engine.__file__}", line ' in printed
+    assert ("Original Traceback" in printed) == (workers == "1")
 
 
 def test_what_a_user_can_mend_is_one_line_and_status_1(
