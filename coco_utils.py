@@ -8,13 +8,14 @@ references/detection/coco_utils.py.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import os
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from utils import LocalError, UserError, derive_seed, logger, printable
 __all__ = [
     "Annotations",
     "CocoDetection",
+    "Entry",
     "Finding",
     "ImageError",
     "Header",
@@ -133,8 +135,28 @@ class ImageError(LocalError):
         self.rule = rule
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What the annotations say of one image: all that a loader worker is told of it.
+
+    Attributes:
+        size: (H, W), pixels.
+        boxes_xywh, iscrowd, labels: `[n, 4]`, `[n]`, `[n]`, one row per annotation.
+    """
+
+    image_id: int
+    file_name: str
+    size: tuple[int, int]
+    boxes_xywh: np.ndarray
+    iscrowd: np.ndarray
+    labels: np.ndarray
+
+
 class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
     """Images and boxes by (epoch, index): the same pair is the same sample in any worker.
+
+    Loader workers get no copy of the annotations, which may be gigabytes: `for_workers` and
+    `with_entries` send them the entries of each batch.
 
     Args:
         root: image folder.
@@ -172,7 +194,33 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         (number,) = np.flatnonzero(self.annotations.image_ids == image_id)
         return f"{self.root / self.annotations.file_name(int(number))} (id {image_id})"
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def entry(self, index: int) -> Entry:
+        """Return what the annotations say of an image of the data set."""
+        number, annotations = int(self.keep[index]), self.annotations
+        rows = slice(*annotations.offsets[number : number + 2])
+        height, width = annotations.sizes[number].tolist()
+        return Entry(
+            int(annotations.image_ids[number]),
+            annotations.file_name(number),
+            (height, width),
+            annotations.boxes_xywh[rows],
+            annotations.iscrowd[rows],
+            self.labels[annotations.category_index[rows]],
+        )
+
+    def for_workers(self) -> CocoDetection:
+        """Return a copy without annotations, which takes (epoch, index, entry)."""
+        data = copy.copy(self)
+        del data.annotations, data.keep
+        return data
+
+    def with_entries(self, batches: Collection[list[tuple[int, int]]]) -> WithEntries:
+        """Return `batches` of (epoch, index) as what the copy of `for_workers` takes."""
+        return WithEntries(self, batches)
+
+    def __getitem__(
+        self, key: tuple[int, int] | tuple[int, int, Entry]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the image, uint8 `[3, H, W]`, and its target.
 
         The target holds "boxes" `[n, 4]` float32 xyxy in pixels, clipped to the image, without
@@ -181,10 +229,10 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         Raises:
             ImageError: names the file and the image id.
         """
-        epoch, index = key
-        number = int(self.keep[index])
-        image = tv_tensors.Image(self._read_image(number))
-        target = self._target(number)
+        epoch, index = key[:2]
+        entry = key[2] if len(key) == 3 else self.entry(index)
+        image = tv_tensors.Image(self._read_image(entry))
+        target = self._target(entry)
         if self.transforms is not None:
             with torch.random.fork_rng(devices=[]):
                 # Of the CPU alone: `torch.manual_seed` takes as long as a fifth of decoding.
@@ -194,33 +242,43 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
             name: value.as_subclass(torch.Tensor) for name, value in target.items()
         }
 
-    def _target(self, number: int) -> dict[str, torch.Tensor]:
-        start, end = self.annotations.offsets[number : number + 2]
-        height, width = self.annotations.sizes[number].tolist()
-        limit = np.array([width, height], dtype=np.float32)
-        boxes = coco_json.clip(coco_json.to_xyxy(self.annotations.boxes_xywh[start:end]), limit)
-        keep = ~self.annotations.iscrowd[start:end] & coco_json.has_extent(boxes)
-        labels = self.labels[self.annotations.category_index[start:end]]
+    def _target(self, entry: Entry) -> dict[str, torch.Tensor]:
+        limit = np.array(entry.size[::-1], dtype=np.float32)
+        boxes = coco_json.clip(coco_json.to_xyxy(entry.boxes_xywh), limit)
+        keep = ~entry.iscrowd & coco_json.has_extent(boxes)
         box_format = tv_tensors.BoundingBoxFormat.XYXY
         return {
             "boxes": tv_tensors.BoundingBoxes(
-                torch.from_numpy(boxes[keep]), format=box_format, canvas_size=(height, width)
+                torch.from_numpy(boxes[keep]), format=box_format, canvas_size=entry.size
             ),
-            "labels": torch.from_numpy(labels[keep]),
-            "image_id": torch.tensor(self.annotations.image_ids[number]),
+            "labels": torch.from_numpy(entry.labels[keep]),
+            "image_id": torch.tensor(entry.image_id),
         }
 
-    def _read_image(self, number: int) -> torch.Tensor:
-        path = self.root / self.annotations.file_name(number)
+    def _read_image(self, entry: Entry) -> torch.Tensor:
+        path = self.root / entry.file_name
         try:
-            return read_image(path, self.root, tuple(self.annotations.sizes[number].tolist()))
+            return read_image(path, self.root, entry.size)
         except ImageError as error:
             raise ImageError(
-                f"image id {self.annotations.image_ids[number]}, {printable(str(path))}: {error}; "
-                "correct it or take it out of the annotations (python -m tools.check_data finds "
-                "all such images)",
+                f"image id {entry.image_id}, {printable(str(path))}: {error}; correct it or take "
+                "it out of the annotations (python -m tools.check_data finds all such images)",
                 error.rule,
             ) from None
+
+
+class WithEntries:
+    """Batches of (epoch, index, entry) from batches of (epoch, index)."""
+
+    def __init__(self, data: CocoDetection, batches: Collection[list[tuple[int, int]]]) -> None:
+        self.data, self.batches = data, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, Entry]]]:
+        for batch in self.batches:
+            yield [(epoch, index, self.data.entry(index)) for epoch, index in batch]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ import itertools
 import math
 import signal
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ from utils import Processes, UserError, logger
 
 PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WORKER_CHECK = 5.0  # seconds without a batch before dead loader workers are looked for
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
@@ -611,22 +613,44 @@ def lr_factor(
     return factor
 
 
+class _PatientLoader(DataLoader):
+    """A loader that fails soon if a worker died, and late if none delivers a batch.
+
+    DataLoader looks for dead workers when its `timeout` is over, and then can be asked again.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches, asked = super().__iter__(), time.monotonic()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                is_late = time.monotonic() - asked > utils.LOADER_TIMEOUT
+                if is_late or "DataLoader timed out" not in str(error):
+                    raise
+                continue
+            yield batch
+            asked = time.monotonic()
+
+
 def make_loader(
     dataset: coco_utils.CocoDetection, batches: Any, workers: int, device: torch.device, keep: bool
 ) -> DataLoader:
     """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
     # Once a loader is used; `progress.worker_warnings` has better words for it.
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
+    return _PatientLoader(
+        dataset.for_workers(),
+        batch_sampler=dataset.with_entries(batches),
         num_workers=workers,
         collate_fn=coco_utils.collate,
         pin_memory=device.type == "cuda",
-        timeout=utils.LOADER_TIMEOUT if workers else 0,
+        timeout=WORKER_CHECK if workers else 0,
         persistent_workers=keep and workers > 0,
         worker_init_fn=utils.ignore_stop_signals,
-        multiprocessing_context="fork" if workers else None,  # shares the packed annotations
+        multiprocessing_context="forkserver" if workers else None,
         generator=torch.Generator(),  # else it would draw from the main process's random numbers
     )
 
@@ -766,6 +790,8 @@ def main(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         # Processes, output folder, log
         utils.follow_launcher()
+        if args.workers:
+            utils.start_worker_server("train")
         utils.set_determinism(args.use_deterministic_algorithms)
         processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
         stack.enter_context(utils.worker_errors())

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import shapes
+import utils
 
 ROOT = Path(__file__).parents[1]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
@@ -37,6 +38,12 @@ def bccd() -> Path:
     if not BCCD.is_dir():
         pytest.skip(f"the real images are not in {BCCD}")
     return BCCD
+
+
+@pytest.fixture(scope="session")
+def worker_server() -> None:
+    """Loader workers start at once; otherwise each imports PyTorch by itself."""
+    utils.start_worker_server("train")
 
 
 def run_script(

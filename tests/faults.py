@@ -216,7 +216,12 @@ def _no_warm_up() -> None:
 def _mortal_workers() -> None:
     import utils
 
-    utils.ignore_stop_signals = lambda worker: torch.set_num_threads(1)
+    signal.pthread_sigmask = lambda how, numbers: set()
+    utils.ignore_stop_signals = _be_mortal
+
+
+def _be_mortal(worker: int) -> None:
+    torch.set_num_threads(1)
 
 
 def _save_in_place() -> None:
@@ -368,15 +373,16 @@ class Launched:
 
 
 def living(folder: Path) -> set[int]:
-    """Return all processes that have `folder` on their command line, workers included."""
+    """Return all processes of the runs in `folder`, loader workers included."""
+    record = f"RECORD={folder.parent / 'record'}".encode()
     found = set()
     for entry in Path("/proc").iterdir():
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
+            variables = (entry / "environ").read_bytes().split(b"\0")
             state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
         except (OSError, IndexError):
             continue
-        if str(folder).encode() in words and state != "Z":
+        if record in variables and state != "Z":
             found.add(int(entry.name))
     return found
 

@@ -118,6 +118,10 @@ def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None
     } <= set(found)
 
 
+def _die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_dead_process_is_an_error_not_a_hang(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,10 +129,7 @@ def test_dead_process_is_an_error_not_a_hang(
     root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
     annotations, _ = coco_utils.read_annotations(root / "annotations/instances_train2017.json")
 
-    def die(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(coco_utils, "read_image", die)
+    monkeypatch.setattr(check_data, "_check_image", _die)
     with pytest.raises(UserError, match="a process died opening an image"):
         check_data.check_images(annotations, root / "train2017", workers)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import struct
 import zlib
 from collections.abc import Callable
@@ -381,3 +382,20 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(tmp_path: Path) -> None:
                 assert torch.equal(value, sent_target[name])
                 # By value, not by a file descriptor of its own, which costs far more.
                 assert not sent_target[name].is_shared()
+
+
+def test_what_a_loader_worker_gets_does_not_grow_with_the_annotations(tmp_path: Path) -> None:
+    document = valid()
+    image = document["images"][0]
+    document["images"] = [image | {"id": n, "file_name": f"{n}.jpg"} for n in range(10_000)]
+    document["annotations"] = [annotation(n, n, 1, [1, 1, 9, 9]) for n in range(1, 10_000)]
+    annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
+    assert annotations is not None
+    label_map = coco_utils.label_categories(annotations.categories)
+    data = coco_utils.CocoDetection(tmp_path, annotations, label_map)
+    assert len(pickle.dumps(data)) > 1_000_000 and len(pickle.dumps(data.for_workers())) < 5_000
+    (batch,) = data.with_entries([[(3, 7)]])
+    assert batch[0][:2] == (3, 7) and len(pickle.dumps(batch)) < 2_000
+    entry = batch[0][2]
+    assert (entry.image_id, entry.file_name, entry.size) == (7, "7.jpg", (80, 100))
+    assert entry.boxes_xywh.tolist() == [[1, 1, 9, 9]] and entry.labels.tolist() == [1]

@@ -351,7 +351,7 @@ def _evaluate_on_two(data: CocoDetection, case: str, folder: Path) -> list[Any]:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     ranks = mp.start_processes(
-        _evaluate_share, (port, data, case, folder), 2, join=False, start_method="fork"
+        _evaluate_share, (port, data, case, folder), 2, join=False, start_method="spawn"
     )
     assert ranks is not None
     if case == "hang":

@@ -218,9 +218,18 @@ def test_5_sigterm_at_random_times(make_runs: MakeRuns, baseline: Baseline) -> N
 
 
 @smoke
-def test_5_fails_if_signals_end_workers(make_runs: MakeRuns) -> None:
-    with pytest.raises((AssertionError, FileNotFoundError)):
-        stop_by_signal(make_runs(mutations=["mortal workers"]), "step:2", dwell=1.0)
+@pytest.mark.parametrize("mutations", [[], ["mortal workers"]], ids=["immortal", "mortal"])
+def test_5_what_signals_a_group_of_processes_does_not_end_loader_workers(
+    mutations: list[str], make_runs: MakeRuns, baseline: Baseline
+) -> None:
+    runs = make_runs(*ALONE, mutations=mutations)
+    fault = {"at": "step:1", "do": "SIGTERM", "to": "worker"}
+    done = runs.run(check=False, faults=[fault])
+    if mutations:
+        assert done.process.returncode == 1 and "a loader worker was killed" in done.output()
+    else:
+        assert done.process.returncode == 0
+        assert_same(runs.gate(), baseline(1, *ALONE))
 
 
 def test_6_signals_thrice_other_signals_and_to_one_rank(

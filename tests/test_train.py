@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,18 +215,20 @@ def _epoch(sampler: GroupedBatchSampler, epoch: int) -> list[list[tuple[int, int
     return list(sampler)
 
 
+def train_set(folder: Path, transforms: Any) -> coco_utils.CocoDetection:
+    annotations, _ = coco_utils.read_annotations(
+        folder / "annotations" / "instances_train2017.json"
+    )
+    label_map = coco_utils.label_categories(annotations.categories)
+    return coco_utils.CocoDetection(
+        folder / "train2017", annotations, label_map, transforms, seed=3
+    )
+
+
+@pytest.mark.usefixtures("worker_server")
 @pytest.mark.parametrize("policy", presets.POLICIES)
 def test_samples_are_the_same_for_any_number_of_workers(tiny_shapes: Path, policy: str) -> None:
-    annotations, _ = coco_utils.read_annotations(
-        tiny_shapes / "annotations" / "instances_train2017.json"
-    )
-    data = coco_utils.CocoDetection(
-        tiny_shapes / "train2017",
-        annotations,
-        coco_utils.label_categories(annotations.categories),
-        presets.training_transforms(policy),
-        seed=3,
-    )
+    data = train_set(tiny_shapes, presets.training_transforms(policy))
     batches = [[(epoch, index)] for epoch in (0, 1) for index in range(4)]
     seen = []
     for workers in (0, 1, 2):
@@ -242,21 +245,37 @@ def test_samples_are_the_same_for_any_number_of_workers(tiny_shapes: Path, polic
     )
 
 
-class _StopsItself(torch.utils.data.Dataset[Any]):
-    """Images whose loader worker stops, as by SIGSTOP or a dead file server."""
-
-    def __getitem__(self, key: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGSTOP)
+def _kill_itself(image: Any, target: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("worker_server")
+def test_a_loader_worker_that_dies_ends_the_run_within_seconds(tiny_shapes: Path) -> None:
+    transforms: Any = _kill_itself
+    data = train_set(tiny_shapes, transforms)
+    loader = train_script.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
+    start = time.monotonic()
+    with pytest.raises(utils.LocalError, match="a loader worker was killed"):
+        with utils.worker_errors():
+            next(iter(loader))
+    assert time.monotonic() - start < 15
+
+
+def _stop_itself(image: Any, target: Any) -> Any:
+    """Be a transform whose loader worker stops, as by SIGSTOP or a dead file server."""
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.usefixtures("worker_server")
 def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(utils, "LOADER_TIMEOUT", 2.0)
-    data: Any = _StopsItself()
+    monkeypatch.setattr(utils, "LOADER_TIMEOUT", 8.0)  # and PyTorch is imported in 3
+    transforms: Any = _stop_itself
+    data = train_set(tiny_shapes, transforms)
     loader = train_script.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
     try:
-        with pytest.raises(utils.LocalError, match="no loader worker delivered .* for 2 seconds"):
+        with pytest.raises(utils.LocalError, match="no loader worker delivered .* for 8 seconds"):
             with utils.worker_errors():
                 next(iter(loader))
     finally:

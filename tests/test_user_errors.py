@@ -17,6 +17,7 @@ from conftest import TINY
 import coco_utils
 import data_cache
 import engine
+import presets
 import train as train_script
 import utils
 from utils import LocalError, UserError
@@ -43,6 +44,11 @@ def start(
         signal.signal(number, handler)
 
 
+def _unpack(samples: Any) -> Any:
+    a, b = (1, 2, 3)
+    return a, b
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_mistake_in_the_code_keeps_its_traceback(
     start: Start,
@@ -53,12 +59,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(
     if workers == "0":  # `for number, (images, targets) in …` of engine.py
         monkeypatch.setattr(coco_utils, "collate", lambda samples: (1, 2, 3))
     else:
-
-        def unpack(samples: Any) -> Any:
-            a, b = (1, 2, 3)
-            return a, b
-
-        monkeypatch.setattr(coco_utils, "collate", unpack)
+        monkeypatch.setattr(coco_utils, "collate", _unpack)
     with pytest.raises(SystemExit) as raised:
         start("--workers", workers)
     assert raised.value.code == 1
@@ -79,13 +80,21 @@ def test_what_a_user_can_mend_is_one_line_and_status_1(
     assert capsys.readouterr().err == text
 
 
+# Transforms, which a loader worker imports from here.
+
+
+def _find_damage(image: Any, target: Any) -> Any:
+    raise coco_utils.ImageError("is damaged")
+
+
+def _die(image: Any, target: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_an_error_of_a_loader_worker_is_one_line(
     start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def damaged(*of: Any) -> Any:
-        raise coco_utils.ImageError("is damaged")
-
-    monkeypatch.setattr(coco_utils, "read_image", damaged)
+    monkeypatch.setattr(presets, "training_transforms", lambda policy: _find_damage)
     with pytest.raises(SystemExit) as raised:
         start("--workers", "1")
     assert raised.value.code == 1
@@ -168,10 +177,7 @@ def test_other_errors_pass_as_they_are(error: Exception) -> None:
 def test_a_killed_worker_of_one_process_is_one_line(
     start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(*of: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(coco_utils, "read_image", die)
+    monkeypatch.setattr(presets, "training_transforms", lambda policy: _die)
     with pytest.raises(SystemExit) as raised:
         start("--workers", "1")
     assert raised.value.code == 1

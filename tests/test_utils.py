@@ -584,7 +584,7 @@ def _after_the_parent_died(trainer: Callable[[int], None]) -> str:
 
 def test_a_loader_worker_dies_with_its_process() -> None:
     def worker(writer: int) -> None:
-        utils.die_with_parent()
+        utils.end_with_parent()
         os.write(writer, b"ready\n")
         time.sleep(60)
         os.write(writer, b"survived")

@@ -292,7 +292,7 @@ def _hold(path: Path, cache: Path, barrier: Any, found: Any) -> None:
 class _Ours(coco_utils.CocoDetection):
     """Targets as in training, without images."""
 
-    def _read_image(self, number: int) -> torch.Tensor:
+    def _read_image(self, entry: coco_utils.Entry) -> torch.Tensor:
         return torch.zeros((3, 1, 1), dtype=torch.uint8)
 
 
@@ -319,10 +319,15 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         label_map = coco_utils.label_categories(annotations.categories)
         data: Any = _Ours(Path(), annotations, label_map, keep=keep)
         groups = aspect_ratio_groups(data.sizes(), FACTOR)
-        order: dict[str, Any] = {"batch_sampler": GroupedBatchSampler(groups, 16, 0)}
+        batches = data.with_entries(GroupedBatchSampler(groups, 16, 0))
+        order: dict[str, Any] = {"batch_sampler": batches, "multiprocessing_context": "forkserver"}
+        count, data = len(data), data.for_workers()
+        utils.start_worker_server("tools.benchmark_data")
     else:
         data, kept = _load_torchvision(path, _Torchvision)
         data, order = Subset(data, kept), {"batch_size": 16, "shuffle": True}
+        order["multiprocessing_context"] = "fork"
+        count = len(data)
         available = measuring.available_memory() - SPARE
         if workers * measuring.memory()["rss"] > available:
             return []  # workers copy what they touch: in the worst case everything
@@ -334,9 +339,8 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         collate_fn=len,
         worker_init_fn=utils.ignore_stop_signals,
         persistent_workers=True,
-        multiprocessing_context="fork",
     )
-    assert sum(loader) == len(data)
+    assert sum(loader) == count
     return [measuring.memory(int(w.pid or 0))["private"] for w in multiprocessing.active_children()]
 
 

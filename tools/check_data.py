@@ -90,11 +90,12 @@ def check_images(
     cases: dict[str, list[str]] = {}
     with ProcessPoolExecutor(
         max_workers=max(1, workers),
-        mp_context=multiprocessing.get_context("fork"),  # shares the packed annotations
+        mp_context=multiprocessing.get_context("forkserver"),
         initializer=_start_worker,
-        initargs=(annotations, root),
+        initargs=(root,),
     ) as pool:
-        done = pool.map(_check_image, range(len(annotations)), chunksize=32)
+        names = map(annotations.file_name, range(len(annotations)))
+        done = pool.map(_check_image, names, annotations.sizes.tolist(), chunksize=32)
         bar = tqdm(done, title, len(annotations), unit="", disable=not sys.stderr.isatty())
         try:
             for number, problems in enumerate(bar):
@@ -112,27 +113,26 @@ def check_images(
     ]
 
 
-_annotations: Annotations
 _root: Path
 _complaints: IO[bytes]
 
 
-def _start_worker(annotations: Annotations, root: Path) -> None:
+def _start_worker(root: Path) -> None:
     """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
-    global _annotations, _root, _complaints
-    utils.die_with_parent()
-    _annotations, _root = annotations, root
+    global _root, _complaints
+    utils.end_with_parent()
+    _root = root
     _complaints = tempfile.TemporaryFile(buffering=0)
     os.dup2(_complaints.fileno(), 2)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
 
-def _check_image(number: int) -> list[tuple[str, str]]:
+def _check_image(file_name: str, size: list[int]) -> list[tuple[str, str]]:
     """Return the rules that an image breaks, and how."""
-    path = _root / _annotations.file_name(number)
+    path = _root / file_name
     try:
-        height, width = _annotations.sizes[number].tolist()
+        height, width = size
         coco_utils.read_image(path, _root, (height, width))
     except coco_utils.ImageError as error:
         _take_complaints()
@@ -300,6 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check, print, draw; return the exit status."""
     flags = build_parser().parse_args(argv)
+    utils.start_worker_server("tools.check_data")
     overrides = {name: getattr(flags, name) for name in train.PATHS}
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")

@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     """Detect, draw, write; return the exit status."""
     flags = build_parser().parse_args(argv)
     paths = find_images(flags.images)
+    if flags.workers:
+        utils.start_worker_server("tools.predict")
     device = torch.device(flags.device or utils.default_device())
     model, label_map = load_detector(flags.checkpoint or flags.weights, device)
     category_of = {category["label"]: category for category in label_map}
@@ -242,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         num_workers=flags.workers,
         collate_fn=list,
         worker_init_fn=utils.ignore_stop_signals,  # a worker also ends when this process is killed
+        multiprocessing_context="forkserver" if flags.workers else None,
     )
     places = picture_paths(paths, flags.output_dir)
     results: list[dict[str, Any]] = []
