@@ -19,7 +19,7 @@ docs: .venv/installed
 		--opt adamw --lr 5e-4 --wd 0.05 --clip-grad-norm 1 --amp bf16 --epochs 5 --lr-steps 4 \
 		--warmup-steps 60 --eval-every 5 --keep-checkpoints 1 --box-subnet dense \
 		--output-dir runs/docs --resume auto
-	$(BIN)/python -m tools.explain
+	$(BIN)/python -m docs.explain
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \

@@ -14,14 +14,10 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
-import math
 import signal
 import sys
-import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +25,27 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import checkpoint
 import coco_eval
-import coco_json
 import coco_utils
-import data_cache
 import engine
-import formats
 import presets
-import retinanet
-import shapes
 import utils
-from flags import (
+from data import coco_json, formats, locate
+from data.loading import make_loader
+from data.splits import PATHS, data_paths, read_splits
+from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
+from models import retinanet
+from models.build import (
+    build_model,
+    check_model_name,
+    load_trained,
+    make_anchor_generator,
+    make_ema,
+    padded_sizes,
+    wrap,
+)
+from runtime import checkpoint
+from runtime.flags import (
     IGNORE,
     LOG,
     REFUSE,
@@ -50,23 +55,12 @@ from flags import (
     non_negative,
     positive,
 )
-from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
-from model import (
-    build_model,
-    check_model_name,
-    load_trained,
-    make_anchor_generator,
-    make_ema,
-    padded_sizes,
-    wrap,
-)
-from progress import RECIPE_BATCH
-from run import Evaluation, Run, open_folder
+from runtime.optimization import build_optimizer, lr_factor
+from runtime.progress import RECIPE_BATCH
+from runtime.run_folder import Evaluation, Run, open_folder
 from utils import Processes, UserError, logger
 
-PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-WORKER_CHECK = 5.0  # seconds without a batch before dead loader workers are looked for
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
 
@@ -496,165 +490,6 @@ def check_sizes(args: argparse.Namespace, num_images: int, num_processes: int) -
         )
 
 
-def data_paths(
-    dataset: str, folder: Path | None, overrides: dict[str, Path | None]
-) -> dict[str, Path]:
-    """Return where "train_images", "train_annotations", "val_images" and "val_annotations" are."""
-    if dataset == "shapes":
-        with utils.file_errors("find", "a folder for the drawn images"):
-            place = folder or data_cache.folder()
-        with utils.file_errors("draw images in", place):
-            folder = shapes.make_shapes(place)
-    folder = folder or Path()
-    paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
-    for split in ("train", "val"):
-        paths[f"{split}_annotations"] = folder / "annotations" / f"instances_{split}2017.json"
-    if dataset in formats.LAYOUTS:
-        paths = formats.coco_paths(dataset, folder)
-    return paths | {name: path for name, path in overrides.items() if path is not None}
-
-
-def read_splits(
-    paths: dict[str, Path], splits: Sequence[str], allow_unannotated: bool = False
-) -> list[coco_utils.Annotations]:
-    """Read the annotations of `splits`, find the images, and log all warnings.
-
-    Args:
-        allow_unannotated: take a file without annotations, which is enough to detect.
-
-    Raises:
-        UserError: lists what is missing or wrong, in all splits.
-    """
-    read: list[coco_utils.Annotations] = []
-    problems = []
-    for split in splits:
-        images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
-        if not images.is_dir():
-            problems.append(f"the image folder {images} does not exist; check --data-path")
-            continue
-        try:
-            packed, findings = data_cache.examine(annotations)
-            findings = formats.kept_findings(annotations) + findings
-            if packed is not None:
-                packed, more = coco_utils.locate_images(packed, images)
-                findings = findings + more
-            if packed is not None and allow_unannotated and not packed.is_annotated:
-                findings = [f for f in findings if f.what not in coco_json.UNANNOTATED]
-            coco_json.require_no_errors(annotations, findings)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        assert packed is not None
-        read.append(packed)
-        for warning in findings:
-            logger.warning("%s: %s", annotations.name, warning)
-    if problems:
-        raise UserError("\n".join(problems))
-    if len(read) == 2:
-        val, train = ((read[splits.index(s)], paths[f"{s}_images"]) for s in ("val", "train"))
-        for warning in coco_utils.overlap_findings(train, val):
-            logger.warning("%s: %s", val[0].path.name, warning)
-    return read
-
-
-def build_optimizer(
-    model: nn.Module,
-    lr: float,
-    *,
-    opt: str,
-    momentum: float,
-    wd: float,
-    norm_weight_decay: float | None,
-) -> torch.optim.Optimizer:
-    """Build the optimizer of the trainable parameters, fused; flags as in `--help`."""
-    norms = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-    of_norms = {p for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": wd}]
-    if norm_weight_decay is not None:
-        groups[0]["params"] = [p for p in trained if p not in of_norms]
-        norms_only = [p for p in trained if p in of_norms]
-        groups.append({"params": norms_only, "weight_decay": norm_weight_decay})
-    groups = [group for group in groups if group["params"]]
-    if opt == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    nesterov = opt == "sgd_nesterov"
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
-    if momentum:
-        for parameter in itertools.chain(*(group["params"] for group in groups)):
-            # Equal to a first step without any; torch leaves its own undefined if that is skipped.
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
-
-def lr_factor(
-    steps_per_epoch: int,
-    step: int,
-    *,
-    epochs: int,
-    lr_scheduler: str = "multisteplr",
-    lr_steps: Sequence[int] = (16, 22),
-    lr_gamma: float = 0.1,
-    warmup_steps: int | None = None,
-) -> float:
-    """Return the factor on the base learning rate at optimizer step `step`, counted from 0.
-
-    Warm-up is linear from 1/1000; None is the recipe's 1,000 steps, but over before the first epoch
-    ends, so that an epoch of one step has none. After it, `lr_gamma` for each of `lr_steps` passed,
-    or half a cosine over all steps.
-    """
-    warmup = min(1000, steps_per_epoch - 1) if warmup_steps is None else warmup_steps
-    if lr_scheduler == "cosineannealinglr":
-        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, step / (steps_per_epoch * epochs))))
-    else:
-        factor = lr_gamma ** sum(step >= epoch * steps_per_epoch for epoch in lr_steps)
-    if step < warmup:
-        factor *= 1e-3 + (1 - 1e-3) * step / warmup
-    return factor
-
-
-class _PatientLoader(DataLoader):
-    """A loader that fails soon if a worker died, and late if none delivers a batch.
-
-    DataLoader looks for dead workers when its `timeout` is over, and then can be asked again.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        batches, asked = super().__iter__(), time.monotonic()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                is_late = time.monotonic() - asked > utils.LOADER_TIMEOUT
-                if is_late or "DataLoader timed out" not in str(error):
-                    raise
-                continue
-            yield batch
-            asked = time.monotonic()
-
-
-def make_loader(
-    dataset: coco_utils.CocoDetection, batches: Any, workers: int, device: torch.device, keep: bool
-) -> DataLoader:
-    """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
-    # Once a loader is used; `progress.worker_warnings` has better words for it.
-    warnings.filterwarnings("ignore", "This DataLoader will create")
-    return _PatientLoader(
-        dataset.for_workers(),
-        batch_sampler=dataset.with_entries(batches),
-        num_workers=workers,
-        collate_fn=coco_utils.collate,
-        pin_memory=device.type == "cuda",
-        timeout=WORKER_CHECK if workers else 0,
-        persistent_workers=keep and workers > 0,
-        worker_init_fn=utils.ignore_stop_signals,
-        multiprocessing_context="forkserver" if workers else None,
-        generator=torch.Generator(),  # else it would draw from the main process's random numbers
-    )
-
-
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
     """Return the micro-batches of an optimizer step, over all processes.
 
@@ -703,8 +538,8 @@ def evaluation_of(
 
 
 def with_classes(
-    annotations: coco_utils.Annotations, label_map: Sequence[dict[str, Any]] | None
-) -> coco_utils.Annotations:
+    annotations: coco_json.Annotations, label_map: Sequence[dict[str, Any]] | None
+) -> coco_json.Annotations:
     """Return `annotations`, with the classes of a checkpoint if they name none.
 
     Raises:
@@ -773,7 +608,7 @@ def training_data(
 
 
 def data_changes(
-    saved: dict[str, Any], train: coco_utils.Annotations, val: coco_utils.Annotations
+    saved: dict[str, Any], train: coco_json.Annotations, val: coco_json.Annotations
 ) -> dict[str, Callable[[], str]]:
     """Return what says how the data differs from that of a checkpoint; `saved` as it remembers."""
     splits = {"data": ("training data", train), "val_data": ("validation data", val)}
@@ -812,7 +647,7 @@ def main(args: argparse.Namespace) -> int:
             coco_utils.match_classes(label_map, train, str(resume))
         coco_utils.match_classes(label_map, val, str(resume or train.path))
         if not args.test_only and not args.keep_empty:
-            coco_utils.require_boxes(train)
+            locate.require_boxes(train)
 
         # Model
         torch.manual_seed(args.seed)
@@ -842,7 +677,7 @@ def main(args: argparse.Namespace) -> int:
             return evaluate_only(model, evaluation, saved, args)
 
         # Training data, in the order of the run
-        keep = None if args.keep_empty else coco_utils.images_with_objects(train)
+        keep = None if args.keep_empty else locate.images_with_objects(train)
         transforms = presets.training_transforms(args.data_augmentation)
         train_set = coco_utils.CocoDetection(
             paths["train_images"], train, label_map, transforms, args.seed, keep

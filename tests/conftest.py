@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import shapes
 import utils
+from data import shapes
 
 ROOT = Path(__file__).parents[1]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"

@@ -118,11 +118,11 @@ class Injector:
 
 def record_and_hurt() -> None:
     """Patch the product so that it records what it trains on, and suffers `FAULTS`."""
-    import checkpoint
     import engine
-    import run as run_module
     import train
     import utils
+    from runtime import checkpoint
+    from runtime import run_folder as run_module
 
     folder = Path(sys.argv[sys.argv.index("--output-dir") + 1])
     injector = Injector(folder)
@@ -208,7 +208,7 @@ def record_and_hurt() -> None:
 
 
 def _no_warm_up() -> None:
-    import model
+    from models import build as model
 
     model._warm_up = lambda *inputs: None
 
@@ -225,7 +225,7 @@ def _be_mortal(worker: int) -> None:
 
 
 def _save_in_place() -> None:
-    import checkpoint
+    from runtime import checkpoint
 
     def save(state: Any, path: Path) -> None:
         with path.open("wb") as file:
@@ -239,7 +239,7 @@ def _save_in_place() -> None:
 
 
 def _unverified() -> None:
-    import checkpoint
+    from runtime import checkpoint
 
     checkpoint.is_verified = lambda path: path.is_file()
 
@@ -320,7 +320,7 @@ class Runs:
 
     def verified(self) -> list[str]:
         """Return which checkpoints of the run count."""
-        import checkpoint
+        from runtime import checkpoint
 
         return sorted(p.name for p in self.folder.glob("*.pth") if checkpoint.is_verified(p))
 
@@ -432,8 +432,8 @@ def _feed(sha: Any, value: Any) -> None:
 
 def gate(folder: Path, record: Path) -> dict[str, str]:
     """Hash a run: model, averages, optimizer, schedule, place, the ordered log, and its records."""
-    import checkpoint
     import utils
+    from runtime import checkpoint
 
     state = checkpoint.load(folder / checkpoint.NEWEST)
     names = ("model", "ema", "optimizer", "scaler", "epoch", "step", "position", "window", "best")

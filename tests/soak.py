@@ -26,8 +26,8 @@ from typing import Any
 
 from faults import Launched, Runs, assert_same, clean_up, living, seconds_until_gone
 
-import checkpoint
-import shapes
+from data import shapes
+from runtime import checkpoint
 
 RANKS = 3
 STEPS_PER_EPOCH = 3  # of 15 images, on three ranks

@@ -16,11 +16,11 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
 
-import checkpoint
-import coco_json
-import retinanet
 import train as train_script
-from model import build_model, load_detector, make_anchor_generator
+from data import coco_json
+from models import retinanet
+from models.build import build_model, load_detector, make_anchor_generator
+from runtime import checkpoint
 from tools import anchor_fit, visualize
 from utils import UserError
 

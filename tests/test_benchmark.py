@@ -17,9 +17,13 @@ from conftest import run_script
 from torch import nn
 from torchvision.io import read_image
 
-import retinanet
-from tools import benchmark, benchmark_data, benchmark_eval, benchmark_loader, benchmark_step
-from tools.measuring import Row, in_turn
+from models import retinanet
+from tools.benchmark import __main__ as benchmark
+from tools.benchmark import data as benchmark_data
+from tools.benchmark import eval as benchmark_eval
+from tools.benchmark import loader as benchmark_loader
+from tools.benchmark import step as benchmark_step
+from tools.benchmark.measuring import Row, in_turn
 from utils import UserError
 
 TINY_STEP = ("step", "--device", "cpu", "--model", "retinanet_resnet18_fpn", "--min-size", "64")
@@ -278,5 +282,5 @@ def test_json_is_all_that_is_printed(tiny_shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", benchmark.SUBCOMMANDS)
 def test_every_flag_is_a_parameter_of_the_subcommand(command: str) -> None:
     flags = vars(benchmark.build_parser().parse_args([command]))
-    code = sys.modules[f"tools.benchmark_{command}"].run.__code__
+    code = sys.modules[f"tools.benchmark.{command}"].run.__code__
     assert set(flags) - {"command", "json", "plot"} == set(code.co_varnames[: code.co_argcount])

@@ -17,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.retinanet import RetinaNetRegressionHead
 from torchvision.ops.misc import Conv2dNormActivation
 
-import box_subnet
-import retinanet
-from model import build_model, wrap
+from models import box_subnet, retinanet
+from models.build import build_model, wrap
 
 CLASSES = [{"id": 1, "name": "cell", "label": 1}]
 ANCHORS = 3

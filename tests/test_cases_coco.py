@@ -21,10 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-import checkpoint
 import coco_eval
 import coco_utils
 import train
+from data import coco_json, locate
+from data.splits import data_paths, read_splits
+from runtime import checkpoint
 from tools import anchor_fit, check_data, visualize
 from utils import UserError
 
@@ -342,12 +344,12 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 
 
-def read(root: Path) -> list[coco_utils.Annotations]:
+def read(root: Path) -> list[coco_json.Annotations]:
     """Do with a folder what train.py does before it builds the model; return train and val."""
-    val, training = train.read_splits(train.data_paths("coco", root, {}), ["val", "train"])
+    val, training = read_splits(data_paths("coco", root, {}), ["val", "train"])
     label_map = coco_utils.label_categories(training.categories)
     coco_utils.match_classes(label_map, val, str(training.path))
-    coco_utils.require_boxes(training)
+    locate.require_boxes(training)
     return [training, val]
 
 
@@ -611,13 +613,13 @@ def test_one_file_or_image_in_both_splits_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = folder(tmp_path)
-    paths = train.data_paths("coco", root, {})
+    paths = data_paths("coco", root, {})
     same_file = {f"val_{kind}": paths[f"train_{kind}"] for kind in ("images", "annotations")}
-    train.read_splits(paths | same_file, ["val", "train"])
+    read_splits(paths | same_file, ["val", "train"])
     (told,) = caplog.messages
     assert "annotation file that is both train and val: " in told and len(told) < 230
     caplog.clear()
-    train.read_splits(paths | {"val_images": paths["train_images"]}, ["val", "train"])
+    read_splits(paths | {"val_images": paths["train_images"]}, ["val", "train"])
     (told,) = caplog.messages
     assert "images that are in train and val (4): 'im0.jpg', 'im1.jpg'" in told
 
@@ -687,7 +689,7 @@ def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     def change(document: Document, split: str) -> None:
         document["images"][0]["file_name"] = "im1.JPG"
 
-    train.read_splits(train.data_paths("coco", folder(tmp_path, change), {}), ["train"])
+    read_splits(data_paths("coco", folder(tmp_path, change), {}), ["train"])
     assert any("images that share a file: 'im1.jpg' (join them" in text for text in caplog.messages)
 
 

@@ -23,9 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-import coco_json
-import coco_utils
-import formats
+from data import coco_json, formats, image_files
 from tools import convert
 from utils import UserError
 
@@ -126,7 +124,7 @@ def read(
         boxes[split] = {}
         for i in range(len(about)):
             size, folder = tuple(about.sizes[i].tolist()), paths[f"{split}_images"]
-            coco_utils.read_image(folder / about.file_name(i), folder, size)
+            image_files.read_image(folder / about.file_name(i), folder, size)
             own = rows[about.offsets[i] : about.offsets[i + 1]]
             boxes[split][about.file_name(i)] = [(name, list(box)) for name, box in own]
     return boxes, found
@@ -807,7 +805,7 @@ def test_e01_yolo_boxes_lie_where_viewers_show_them(
     np.testing.assert_allclose(about.boxes_xywh, [red(1)] * 8)
     for i in range(8):
         file, folder = about.file_name(i), paths["train_images"]
-        pixels = coco_utils.read_image(folder / file, folder, tuple(about.sizes[i].tolist()))
+        pixels = image_files.read_image(folder / file, folder, tuple(about.sizes[i].tolist()))
         rows, columns = np.nonzero(is_red(pixels.permute(1, 2, 0).numpy()))
         found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert found == [x, y, x + w, y + h], file
@@ -834,7 +832,7 @@ def test_voc_follows_the_size_and_warns_where_it_cannot_tell(
         rule = "image files turned by EXIF, which their size cannot confirm"
         assert warned(found).get(rule, 0) == (0 if told else 1)
         folder = root / "JPEGImages"
-        pixels = coco_utils.read_image(folder / "t1.png", folder, (height, width))
+        pixels = image_files.read_image(folder / "t1.png", folder, (height, width))
         right = picture(1, size) if is_shown else image
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(right))
 
@@ -868,9 +866,9 @@ SLOW: dict[str, Callable[[], bytes]] = {
 def test_slow_formats_are_read_by_pil_and_are_named(kind: str, tmp_path: Path) -> None:
     write(tmp_path / "a", SLOW[kind]())
     expected = np.asarray(picture(1).convert("L" if "gray" in kind else "RGB").convert("RGB"))
-    pixels = coco_utils.read_image(tmp_path / "a", tmp_path, (90, 120)).permute(1, 2, 0).numpy()
+    pixels = image_files.read_image(tmp_path / "a", tmp_path, (90, 120)).permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, expected)  # the first frame
-    assert coco_utils.read_header(tmp_path / "a").is_slow
+    assert image_files.read_header(tmp_path / "a").is_slow
 
 
 @pytest.mark.parametrize(
@@ -887,8 +885,8 @@ def test_what_would_be_read_wrongly_is_refused(
     content: bytes, message: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "a", content)
-    with pytest.raises(coco_utils.ImageError, match=message) as caught:
-        coco_utils.read_image(tmp_path / "a", tmp_path, (90, 120))
+    with pytest.raises(image_files.ImageError, match=message) as caught:
+        image_files.read_image(tmp_path / "a", tmp_path, (90, 120))
     assert caught.value.rule in coco_json.RULES
 
 
@@ -897,9 +895,9 @@ def test_a_jpeg_of_hundreds_of_scans_is_refused_before_decoding(tmp_path: Path) 
     start = content.rindex(b"\xff\xda")
     write(tmp_path / "usual.jpg", content)
     write(tmp_path / "bomb.jpg", content[:start] + content[start:-2] * 300 + content[-2:])
-    assert coco_utils.read_image(tmp_path / "usual.jpg", tmp_path, (90, 120)).shape == (3, 90, 120)
-    with pytest.raises(coco_utils.ImageError, match="has 3\\d\\d scans"):
-        coco_utils.read_image(tmp_path / "bomb.jpg", tmp_path, (90, 120))
+    assert image_files.read_image(tmp_path / "usual.jpg", tmp_path, (90, 120)).shape == (3, 90, 120)
+    with pytest.raises(image_files.ImageError, match="has 3\\d\\d scans"):
+        image_files.read_image(tmp_path / "bomb.jpg", tmp_path, (90, 120))
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -1002,7 +1000,7 @@ def converted(folder: Path) -> dict[str, dict[str, list[Any]]]:
         boxes[split] = {}
         for i in range(len(about)):
             root, file = folder / f"{split}2017", about.file_name(i)
-            coco_utils.read_image(root / file, root, tuple(about.sizes[i].tolist()))
+            image_files.read_image(root / file, root, tuple(about.sizes[i].tolist()))
             start, end = about.offsets[i : i + 2]
             names = [about.categories[k][1] for k in about.category_index[start:end]]
             rows = about.boxes_xywh[start:end].round(3).tolist()

@@ -19,10 +19,9 @@ from PIL import Image
 from test_coco_json import annotation, valid
 from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
-import coco_json
-import coco_utils
-import formats
-from tools import check_data, data_plots
+from data import coco_json, formats
+from tools import check_data
+from tools.plots import data_plots
 from utils import UserError
 
 
@@ -127,7 +126,7 @@ def test_dead_process_is_an_error_not_a_hang(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
-    annotations, _ = coco_utils.read_annotations(root / "annotations/instances_train2017.json")
+    annotations, _ = coco_json.read_annotations(root / "annotations/instances_train2017.json")
 
     monkeypatch.setattr(check_data, "_check_image", _die)
     with pytest.raises(UserError, match="a process died opening an image"):

@@ -23,8 +23,8 @@ from typing import Any
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import NEWEST, PREVIOUS
+from runtime import checkpoint
+from runtime.checkpoint import NEWEST, PREVIOUS
 from utils import UserError
 
 KILLED = 77

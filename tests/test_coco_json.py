@@ -16,8 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import coco_json
-import coco_utils
+from data import coco_json, locate
 from utils import UserError
 
 Document = dict[str, Any]
@@ -353,7 +352,7 @@ def test_error_is_listed_with_ids(case: str, tmp_path: Path) -> None:
     content, what, ids = ERRORS[case]
     path = write(tmp_path, content())
     with pytest.raises(UserError) as caught:
-        coco_utils.read_annotations(path)
+        coco_json.read_annotations(path)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{path} cannot be used"
     assert [
@@ -364,7 +363,7 @@ def test_error_is_listed_with_ids(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", WARNINGS)
 def test_warning_states_its_rule(case: str, tmp_path: Path) -> None:
     content, what, ids = WARNINGS[case]
-    annotations, warnings = coco_utils.read_annotations(write(tmp_path, content()))
+    annotations, warnings = coco_json.read_annotations(write(tmp_path, content()))
     assert len(annotations.ids) == 4  # nothing is lost from the arrays
     (warning,) = [warning for warning in warnings if warning.what == what]
     assert (warning.severity, warning.count) == ("warning", 1)
@@ -388,7 +387,7 @@ def test_all_errors_are_listed_in_lines_of_200_characters_with_count_and_fix(
     document["images"][0]["id"] = 20
     document["images"][2]["file_name"] = "../" + "long/" * 100 + "x\n.png"
     with pytest.raises(UserError) as caught:
-        coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
+        coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
     lines = str(caught.value).splitlines()
     assert all(len(line) <= 2 + 200 for line in lines[1:])
     assert "  error: image ids that occur twice: 20 (make them unique)" in lines
@@ -404,11 +403,11 @@ def test_all_errors_are_listed_in_lines_of_200_characters_with_count_and_fix(
 )
 def test_width_and_height_of_the_image_are_not_confused(box: list[int], tmp_path: Path) -> None:
     """Each box lies within 100 x 80 pixels, and within 80 x 100 or 80 x 80 it would not."""
-    _, findings = coco_utils.read_annotations(write(tmp_path, changed(*BOX, "bbox", to=box)()))
+    _, findings = coco_json.read_annotations(write(tmp_path, changed(*BOX, "bbox", to=box)()))
     assert findings == []
     box[3] += 2
     box[1] = 71
-    _, findings = coco_utils.read_annotations(write(tmp_path, changed(*BOX, "bbox", to=box)()))
+    _, findings = coco_json.read_annotations(write(tmp_path, changed(*BOX, "bbox", to=box)()))
     assert [found.what for found in findings] == ([] if box[1] + box[3] <= 80 else [CUT])
 
 
@@ -416,9 +415,9 @@ def test_width_and_height_of_the_image_are_not_confused(box: list[int], tmp_path
 def test_clean_sets_have_no_findings(split: str, tiny_shapes: Path, bccd: Path) -> None:
     for folder in (tiny_shapes, bccd):
         path = folder / "annotations" / f"instances_{split}2017.json"
-        annotations, findings = coco_utils.read_annotations(path)
+        annotations, findings = coco_json.read_annotations(path)
         assert findings == []
-        assert coco_utils.locate_images(annotations, folder / f"{split}2017")[1] == []
+        assert locate.locate_images(annotations, folder / f"{split}2017")[1] == []
         assert_equals_json(annotations, path.read_bytes())
 
 
@@ -429,7 +428,7 @@ def test_legal_oddities_are_kept(tmp_path: Path) -> None:
     document["annotations"][2]["iscrowd"] = True
     document["images"][1]["id"] = -4
     document["annotations"][0]["image_id"] = document["annotations"][3]["image_id"] = -4
-    annotations, findings = coco_utils.read_annotations(
+    annotations, findings = coco_json.read_annotations(
         write(tmp_path, json.dumps(document).encode())
     )
     assert findings == []
@@ -447,7 +446,7 @@ def as_number(value: Any) -> Any:
     return int(value) if isinstance(value, str | float) and value == value else value
 
 
-def assert_equals_json(annotations: coco_utils.Annotations, content: bytes) -> None:
+def assert_equals_json(annotations: coco_json.Annotations, content: bytes) -> None:
     """Check against what Python's own reader makes of the file, and of what has one meaning."""
     document = json.loads(content.decode("utf-8-sig"))
     images, rows = document["images"], document["annotations"]
@@ -482,7 +481,7 @@ def assert_equals_json(annotations: coco_utils.Annotations, content: bytes) -> N
 def assert_refused_or_equal(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     try:
-        annotations, _ = coco_utils.read_annotations(path)
+        annotations, _ = coco_json.read_annotations(path)
     except UserError as error:
         assert str(error).startswith(f"{path} cannot be used\n  error: ")
         return
@@ -582,13 +581,13 @@ def test_valid_files_are_read_to_the_bit(
 def test_only_a_private_copy_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco_json, "PIECE", 64)
     content = json.dumps(valid()).encode()
-    coco_utils.read_annotations(write(tmp_path, content))
+    coco_json.read_annotations(write(tmp_path, content))
     assert (tmp_path / "coco.json").read_bytes() == content
 
 
 def test_fingerprint_changes_with_what_training_sees(tmp_path: Path) -> None:
     def fingerprint(document: Document) -> str:
-        return coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))[
+        return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[
             0
         ].fingerprint()
 

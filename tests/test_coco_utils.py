@@ -21,9 +21,9 @@ import torch
 from PIL import Image, ImageOps
 from test_coco_json import Document, annotation, valid, write
 
-import coco_json
 import coco_utils
 import presets
+from data import coco_json, image_files, loading, locate
 from utils import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -83,7 +83,7 @@ LEGAL: dict[str, Callable[[], bytes]] = {
 
 def read(folder: Path, content: bytes, size: tuple[int, int], name: str = "a b ü") -> torch.Tensor:
     (folder / name).write_bytes(content)
-    return coco_utils.read_image(folder / name, folder, size)
+    return image_files.read_image(folder / name, folder, size)
 
 
 @pytest.mark.parametrize("kind", LEGAL)
@@ -108,7 +108,7 @@ def test_exif_turns_an_image_unless_its_size_is_that_of_the_stored_pixels(
     stored = Image.open(io.BytesIO(content))
     shown = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
     if orientation < 5:
-        with pytest.raises(coco_utils.ImageError, match="is 64 x 40, the annotations say 40 x 64"):
+        with pytest.raises(image_files.ImageError, match="is 64 x 40, the annotations say 40 x 64"):
             read(tmp_path, content, (64, 40))
     else:
         as_stored = read(tmp_path, content, (40, 64)).permute(1, 2, 0).numpy()
@@ -188,7 +188,7 @@ BAD: dict[str, tuple[bytes, str, str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_image_is_an_error_that_says_why(case: str, tmp_path: Path) -> None:
     content, rule, message = BAD[case]
-    with pytest.raises(coco_utils.ImageError) as caught:
+    with pytest.raises(image_files.ImageError) as caught:
         read(tmp_path, content, (40, 64))
     assert caught.value.rule == rule and rule in coco_json.RULES
     assert message in str(caught.value)
@@ -205,8 +205,8 @@ def test_path_that_leaves_the_folder_by_its_name_is_refused(name: str, tmp_path:
     root = outside(tmp_path)
     (root / "x").mkdir()
     path = tmp_path / "secret.jpg" if name == "/absolute" else root / name
-    with pytest.raises(coco_utils.ImageError, match="lies outside"):
-        coco_utils.read_image(path, root, (40, 64))
+    with pytest.raises(image_files.ImageError, match="lies outside"):
+        image_files.read_image(path, root, (40, 64))
 
 
 def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").symlink_to(root)  # the folder itself may be a link
     linked = tmp_path / "elsewhere"
     for path in (root / "link.jpg", root / "folder" / "secret.jpg", linked / "link.jpg"):
-        image = coco_utils.read_image(path, linked if path.parent == linked else root, (40, 64))
+        image = image_files.read_image(path, linked if path.parent == linked else root, (40, 64))
         assert image.shape == (3, 40, 64)
 
 
@@ -224,8 +224,8 @@ def test_what_is_no_file_is_missing_and_hangs_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe", "nowhere", "nul\0"):
-        with pytest.raises(coco_utils.ImageError, match="is missing"):
-            coco_utils.read_image(tmp_path / name, tmp_path, (40, 64))
+        with pytest.raises(image_files.ImageError, match="is missing"):
+            image_files.read_image(tmp_path / name, tmp_path, (40, 64))
 
 
 def test_unreadable_file_is_not_called_damaged(
@@ -236,8 +236,8 @@ def test_unreadable_file_is_not_called_damaged(
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(coco_utils.ImageError, match="cannot be read: Input/output error"):
-        coco_utils.read_image(tmp_path / "a.jpg", tmp_path, (40, 64))
+    with pytest.raises(image_files.ImageError, match="cannot be read: Input/output error"):
+        image_files.read_image(tmp_path / "a.jpg", tmp_path, (40, 64))
 
 
 def test_damaged_png_does_not_crash_the_process(tmp_path: Path) -> None:
@@ -249,17 +249,17 @@ def test_damaged_png_does_not_crash_the_process(tmp_path: Path) -> None:
         content[random.integers(33, len(PNG) - 12)] ^= 1 << int(random.integers(8))
         try:
             read(tmp_path, bytes(content), (40, 64))
-        except coco_utils.ImageError:
+        except image_files.ImageError:
             refused += 1
     assert refused >= 45  # the others hit what no pixel depends on
 
 
 def test_missing_images_are_found_by_listing(tmp_path: Path) -> None:
     document = valid()
-    annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
+    annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
     (tmp_path / "ü.png").touch()
     (tmp_path / "a.jpg").mkdir()  # a folder is no image
-    located, (found,) = coco_utils.locate_images(annotations, tmp_path)
+    located, (found,) = locate.locate_images(annotations, tmp_path)
     assert located is annotations
     assert found.cases == (f"10 {tmp_path}/a.jpg", f"20 {tmp_path}/sub/b c.jpg")
     assert (found.severity, found.what) == ("error", "image files missing")
@@ -269,7 +269,7 @@ def test_error_names_id_file_and_fix(tmp_path: Path) -> None:
     data = data_set(tmp_path, valid())
     path = tmp_path / "sub" / "b c.jpg"
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(coco_utils.ImageError) as caught:
+    with pytest.raises(image_files.ImageError) as caught:
         data[0, 1]
     message = str(caught.value)
     assert f"image id 20, {tmp_path}/sub/b c.jpg: is damaged: Image is incomplete" in message
@@ -287,7 +287,7 @@ def test_official_classes_keep_their_labels() -> None:
 
 
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
-    annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(valid()).encode()))
+    annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(valid()).encode()))
     label_map = coco_utils.label_categories(((1, "cat"), (2, "cow")))
     with pytest.raises(
         UserError, match=r"only the former has \['dog'\], only the latter \['cow'\]"
@@ -300,7 +300,7 @@ def data_set(folder: Path, document: Document, **options: Any) -> coco_utils.Coc
         path = folder / image["file_name"]
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (image["width"], image["height"]), (9, 9, 9)).save(path)
-    annotations, _ = coco_utils.read_annotations(write(folder, json.dumps(document).encode()))
+    annotations, _ = coco_json.read_annotations(write(folder, json.dumps(document).encode()))
     label_map = coco_utils.label_categories(annotations.categories)
     return coco_utils.CocoDetection(folder, annotations, label_map, **options)
 
@@ -324,7 +324,7 @@ def test_targets_equal_torchvisions(bccd: Path) -> None:
 
     path = bccd / "annotations" / "instances_val2017.json"
     theirs = CocoDetection(str(bccd / "val2017"), str(path))
-    annotations, _ = coco_utils.read_annotations(path)
+    annotations, _ = coco_json.read_annotations(path)
     label_map = coco_utils.label_categories(annotations.categories)
     ours = coco_utils.CocoDetection(bccd / "val2017", annotations, label_map)
     place = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
@@ -345,8 +345,8 @@ def test_images_with_objects_follows_torchvision(tmp_path: Path) -> None:
         annotation(1, 10, 1, [1, 1, 1, 9]),  # one pixel wide: does not count
         annotation(2, 20, 1, [1, 1, 1.5, 9], iscrowd=1),
     ]
-    annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
-    assert coco_utils.images_with_objects(annotations).tolist() == [1]
+    annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
+    assert locate.images_with_objects(annotations).tolist() == [1]
 
 
 def test_same_sample_for_same_seed_epoch_index(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_batch_comes_out_of_a_worker_as_it_went_in(tmp_path: Path) -> None:
     document["annotations"] = document["annotations"][:1]  # one image has no box
     data = data_set(tmp_path, document)
     order = [[(0, 0), (0, 1)], [(0, 1)]]
-    options: Any = {"batch_sampler": order, "collate_fn": coco_utils.collate}
+    options: Any = {"batch_sampler": order, "collate_fn": loading.collate}
     direct, sent = (
         list(torch.utils.data.DataLoader(data, num_workers=workers, **options))
         for workers in (0, 1)
@@ -389,7 +389,7 @@ def test_what_a_loader_worker_gets_does_not_grow_with_the_annotations(tmp_path: 
     image = document["images"][0]
     document["images"] = [image | {"id": n, "file_name": f"{n}.jpg"} for n in range(10_000)]
     document["annotations"] = [annotation(n, n, 1, [1, 1, 9, 9]) for n in range(1, 10_000)]
-    annotations, _ = coco_utils.read_annotations(write(tmp_path, json.dumps(document).encode()))
+    annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
     assert annotations is not None
     label_map = coco_utils.label_categories(annotations.categories)
     data = coco_utils.CocoDetection(tmp_path, annotations, label_map)

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from test_coco_json import changed, valid, write
 
-import coco_json
-import data_cache
+from data import cache as data_cache
+from data import coco_json
 from utils import UserError
 
 

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import engine
-import model as model_module
-import train as train_script
 import utils
-from model import build_model, make_ema, mixed_precision
+from models import build as model_module
+from models.build import build_model, make_ema, mixed_precision
+from runtime.optimization import build_optimizer
 from utils import UserError
 
 LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
@@ -77,7 +77,7 @@ def make_state(
         min_size=64,
         max_size=64,
     )
-    optimizer = train_script.build_optimizer(
+    optimizer = build_optimizer(
         model, lr, opt=opt, momentum=momentum, wd=wd, norm_weight_decay=None
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -622,7 +622,7 @@ def test_a_resume_with_another_memory_format_updates_every_weight_alike(
     def state_in(memory_format: torch.memory_format) -> engine.TrainState:
         state = make_state(tmp_path, ema_decay=0.9)
         state.model.to(memory_format=memory_format)
-        state.optimizer = train_script.build_optimizer(
+        state.optimizer = build_optimizer(
             state.model, 1e-3, opt=opt, momentum=0.9, wd=1e-4, norm_weight_decay=None
         )
         state.scheduler = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: 1.0)

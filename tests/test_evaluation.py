@@ -24,15 +24,18 @@ import torch.multiprocessing as mp
 from torch import nn
 from torchvision.models import detection
 
-import checkpoint
 import engine
-import run as run_module
 import train
 import utils
 from coco_eval import CocoEvaluator
-from coco_utils import CocoDetection, collate, label_categories, read_annotations
+from coco_utils import CocoDetection, label_categories
+from data.coco_json import read_annotations
+from data.loading import collate
+from data.splits import read_splits
 from group_by_aspect_ratio import same_size_batches
-from model import build_model, load_detector, load_trained, mixed_precision, padded_sizes
+from models.build import build_model, load_detector, load_trained, mixed_precision, padded_sizes
+from runtime import checkpoint
+from runtime import run_folder as run_module
 from utils import Processes, UserError
 
 CPU = Processes(torch.device("cpu"))
@@ -550,7 +553,7 @@ def test_images_without_annotations_are_refused_where_boxes_are_needed(
         test_only(*flags, "--save-detections", "--val-loss")
     paths = {"train_images": data.root, "train_annotations": info}
     with pytest.raises(UserError, match=reason):
-        train.read_splits(paths, ["train"])
+        read_splits(paths, ["train"])
     with pytest.raises(UserError, match=reason):
         read_annotations(info)  # as tools.score does
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import retinanet
-from model import build_model
-from tools import explain, explain_pictures, visualize
+from docs.explain import __main__ as explain
+from docs.explain import pictures as explain_pictures
+from models import retinanet
+from models.build import build_model
+from runtime import checkpoint
+from tools import visualize
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ import torch
 from test_predict import LABEL_MAP, trained
 from torch import Tensor
 
-from model import load_detector
+from models.build import load_detector
 from tools import export
 from utils import UserError
 

@@ -31,8 +31,8 @@ from faults import (
 )
 from test_checkpoint import flip_a_bit, sidecar, write_malice
 
-import checkpoint
 import utils
+from runtime import checkpoint
 
 pytestmark = pytest.mark.faults
 smoke = pytest.mark.smoke

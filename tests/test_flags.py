@@ -18,9 +18,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint
 import train as train_script
-from flags import IGNORE, LOG, REFUSE, ArgumentParser, between, inside, non_negative, positive
+from data.splits import PATHS
+from runtime import checkpoint
+from runtime.flags import (
+    IGNORE,
+    LOG,
+    REFUSE,
+    ArgumentParser,
+    between,
+    inside,
+    non_negative,
+    positive,
+)
 from tools import check_data, predict
 from utils import UserError
 
@@ -168,8 +178,10 @@ def test_every_flag_is_read() -> None:
     parser = train_script.build_parser()
     for title in re.findall(r'parser\.values\(args, "(.+?)"\)', source):
         read |= {action.dest for action in parser.groups[title]}
-    read |= set(re.findall(r'settings\["(\w+)"\]', (ROOT / "run.py").read_text()))
-    read |= set(train_script.PATHS)
+    read |= set(
+        re.findall(r'settings\["(\w+)"\]', (ROOT / "runtime" / "run_folder.py").read_text())
+    )
+    read |= set(PATHS)
     flags = set(vars(train_script.parse_args([])))
     assert flags <= read, flags - read
 

@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import (
 )
 from torchvision.ops import FrozenBatchNorm2d
 
-from folding import FoldedConv2d, FoldedFrozenBatchNorm2d, fold_frozen_batch_norm
+from models.folding import FoldedConv2d, FoldedFrozenBatchNorm2d, fold_frozen_batch_norm
 
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     **{

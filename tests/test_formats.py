@@ -16,10 +16,8 @@ import pytest
 from conftest import TINY, run_script
 from PIL import Image
 
-import coco_json
-import coco_utils
-import data_cache
-import formats
+from data import cache as data_cache
+from data import coco_json, formats, image_files
 from utils import UserError
 
 OBJECT = "<object><name>{}</name><difficult>{}</difficult><bndbox>{}</bndbox></object>"
@@ -143,7 +141,7 @@ def test_yolo_boxes_of_a_turned_image_are_those_that_one_sees(tmp_path: Path) ->
     assert annotations.sizes.tolist()[0] == [64, 40]
     assert boxes_by_name(annotations)["a b ü.jpg"][0] == ("R&D: x", [15, 16, 10, 32])
     folder = formats.coco_paths("yolo", root)["train_images"]
-    image = coco_utils.read_image(folder / "a b ü.jpg", folder, (64, 40))
+    image = image_files.read_image(folder / "a b ü.jpg", folder, (64, 40))
     assert image.shape == (3, 64, 40)
 
 

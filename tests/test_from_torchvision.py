@@ -21,11 +21,11 @@ import torchvision
 from conftest import run_script
 from torchvision.models import detection
 
-import checkpoint
-import model as model_module
 import train as train_script
 import utils
-from model import read_weights
+from models import build as model_module
+from models.build import read_weights
+from runtime import checkpoint
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -29,8 +29,15 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import model as our
-from model import BatchTransform, Weights, build_model, load_trained, load_weights, read_weights
+from models import build as our
+from models.build import (
+    BatchTransform,
+    Weights,
+    build_model,
+    load_trained,
+    load_weights,
+    read_weights,
+)
 from utils import UserError
 
 RESNET18, RESNET50 = "retinanet_resnet18_fpn", "retinanet_resnet50_fpn"

@@ -22,7 +22,8 @@ from torchvision.ops._utils import split_normalization_params
 import engine
 import train as train_script
 import utils
-from model import build_model
+from models.build import build_model
+from runtime.optimization import build_optimizer, lr_factor
 from utils import UserError
 
 LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
@@ -35,7 +36,7 @@ def test_the_cosine_is_torchs_with_every_step(epochs: int, steps_per_epoch: int)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
     torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total)
     factor = functools.partial(
-        train_script.lr_factor,
+        lr_factor,
         steps_per_epoch,
         epochs=epochs,
         lr_scheduler="cosineannealinglr",
@@ -50,7 +51,7 @@ def test_the_cosine_is_torchs_with_every_step(epochs: int, steps_per_epoch: int)
 
 def test_the_cosine_starts_under_the_same_warmup() -> None:
     factor = functools.partial(
-        train_script.lr_factor, 100, epochs=10, lr_scheduler="cosineannealinglr", warmup_steps=50
+        lr_factor, 100, epochs=10, lr_scheduler="cosineannealinglr", warmup_steps=50
     )
     assert factor(0) == pytest.approx(1e-3)
     assert factor(25) == pytest.approx(0.5005 * 0.5 * (1 + math.cos(math.pi * 25 / 1000)))
@@ -111,7 +112,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path: Path) -> N
 def test_normalisation_layers_have_a_decay_of_their_own(name: str) -> None:
     with torch.device("meta"):
         model = build_model(name, LABEL_MAP)
-    optimizer = train_script.build_optimizer(
+    optimizer = build_optimizer(
         model, 1e-4, opt="adamw", momentum=0.9, wd=0.05, norm_weight_decay=0.0
     )
     norms, others = split_normalization_params(model)
@@ -124,7 +125,7 @@ def test_normalisation_layers_have_a_decay_of_their_own(name: str) -> None:
 
 def test_frozen_normalisation_leaves_one_group(tmp_path: Path) -> None:
     model = make_state(tmp_path).model
-    optimizer = train_script.build_optimizer(
+    optimizer = build_optimizer(
         model, 1e-4, opt="adamw", momentum=0.9, wd=0.05, norm_weight_decay=0.0
     )
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05]

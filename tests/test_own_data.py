@@ -21,7 +21,7 @@ from conftest import ROOT
 from torchvision import models
 
 import train as train_script
-from model import build_model
+from models.build import build_model
 from tools import check_data, convert, predict, visualize
 
 PAGE = (ROOT / "docs" / "own_data.md").read_text()

@@ -13,7 +13,7 @@ from conftest import ROOT
 import utils
 
 COMMANDS = (
-    *("train", "tools.benchmark", "tools.check_data", "tools.explain", "tools.export"),
+    *("train", "tools.benchmark", "tools.check_data", "docs.explain", "tools.export"),
     *("tools.predict", "tools.report", "tools.score", "tools.visualize"),
 )
 # Libraries load as on this machine; then the project meets a Python without what Windows lacks.

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-import checkpoint
-from model import build_model, load_detector
-from tools import explain_pictures, predict, visualize
+from docs.explain import pictures as explain_pictures
+from models.build import build_model, load_detector
+from runtime import checkpoint
+from tools import predict, visualize
 from utils import UserError
 
 LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]

@@ -17,8 +17,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import progress
-from progress import Progress
+from runtime import progress
+from runtime.progress import Progress
 
 Train = Callable[..., Any]
 

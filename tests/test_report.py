@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from coco_eval import Analysis, CocoEvaluator, write_analysis
-from coco_utils import Annotations, label_categories, read_annotations
-from tools import drawing, eval_plots, report
+from coco_utils import label_categories
+from data.coco_json import Annotations, read_annotations
+from tools import report
+from tools.plots import drawing, eval_plots
 from utils import UserError, run_command
 
 NAMES = ["cell", "a class with a name that is far too long to be shown", "Blutplättchen"]

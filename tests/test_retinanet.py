@@ -30,7 +30,7 @@ from torchvision.models.detection.retinanet import RetinaNetHead, _default_ancho
 from torchvision.ops import box_iou, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import retinanet
+from models import retinanet
 
 Targets = list[dict[str, Tensor]]
 TorchvisionRetinaNet = torchvision.models.detection.RetinaNet

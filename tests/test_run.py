@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import checkpoint
-import coco_json
-import run
 import train as train_script
 import utils
+from data import coco_json
+from runtime import checkpoint
+from runtime import run_folder as run
 from utils import UserError
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tools import html_report, report, run_plots
+from tools import report
+from tools.plots import html_report, run_plots
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 NASTY = "<script>alert('x')</script> & \"quotes\""

@@ -21,7 +21,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_eval import BACKENDS, METRICS, CocoEvaluator
-from coco_utils import Annotations, label_categories, read_annotations
+from coco_utils import label_categories
+from data.coco_json import Annotations, read_annotations
 from tools.score import compare, main, read_detections
 from utils import UserError
 

@@ -21,8 +21,8 @@ import pytest
 from PIL import Image, ImageFilter
 from pycocotools.coco import COCO
 
-import shapes
-from shapes import make_shapes
+from data import shapes
+from data.shapes import make_shapes
 
 # From pycocotools' mask decoder with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

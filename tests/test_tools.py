@@ -18,7 +18,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from tools import check_data, drawing, eval_plots, export, predict, run_plots, visualize
+from tools import check_data, export, predict, visualize
+from tools.plots import drawing, eval_plots, run_plots
 from utils import UserError
 
 TOOLS = sorted(

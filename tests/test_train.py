@@ -26,15 +26,17 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import checkpoint
 import coco_utils
 import engine
 import presets
-import progress
 import train as train_script
 import utils
+from data import coco_json
+from data.loading import make_loader
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
-from model import build_model
+from models.build import build_model
+from runtime import checkpoint, progress
+from runtime.optimization import build_optimizer, lr_factor
 from utils import UserError
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -69,8 +71,7 @@ def torchvision_rates(steps_per_epoch: int, epochs: int) -> list[float]:
 def test_every_learning_rate_is_that_of_the_published_recipe(steps_per_epoch: int) -> None:
     settings = {"epochs": 26, "lr_steps": (16, 22)}
     ours = [
-        0.01 * train_script.lr_factor(steps_per_epoch, step, **settings)
-        for step in range(26 * steps_per_epoch)
+        0.01 * lr_factor(steps_per_epoch, step, **settings) for step in range(26 * steps_per_epoch)
     ]
     assert ours == pytest.approx(torchvision_rates(steps_per_epoch, 26), rel=1e-6)
     assert ours[steps_per_epoch - 1] == pytest.approx(0.01)
@@ -78,7 +79,7 @@ def test_every_learning_rate_is_that_of_the_published_recipe(steps_per_epoch: in
 
 
 def test_warmup_steps_are_taken_literally_when_given() -> None:
-    factor = functools.partial(train_script.lr_factor, 10, epochs=5, lr_steps=(4,), warmup_steps=20)
+    factor = functools.partial(lr_factor, 10, epochs=5, lr_steps=(4,), warmup_steps=20)
     assert factor(0) == pytest.approx(1e-3)
     assert factor(10) == pytest.approx(0.5005)
     assert factor(20) == 1.0
@@ -113,7 +114,7 @@ def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> 
 
 
 def _plain_sample(
-    folder: Path, annotations: coco_utils.Annotations, number: int
+    folder: Path, annotations: coco_json.Annotations, number: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """An image and its boxes without any of this project's data path: PIL and the JSON itself."""
     document = json.loads(annotations.path.read_text())
@@ -132,7 +133,7 @@ def _plain_sample(
 
 
 def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: Path) -> None:
-    annotations, _ = coco_utils.read_annotations(
+    annotations, _ = coco_json.read_annotations(
         tiny_shapes / "annotations" / "instances_train2017.json"
     )
     label_map = coco_utils.label_categories(annotations.categories)
@@ -167,7 +168,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
         optimizer.step()
         expected_losses.append(float(sum(losses.values()).detach()))
 
-    optimizer = train_script.build_optimizer(
+    optimizer = build_optimizer(
         ours, 0.001, opt="sgd", momentum=0.9, wd=1e-4, norm_weight_decay=None
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -183,7 +184,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
 
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
-        loader = train_script.make_loader(data, sampler, 0, torch.device("cpu"), keep=False)
+        loader = make_loader(data, sampler, 0, torch.device("cpu"), keep=False)
         engine.train_one_epoch(
             ours,
             state,
@@ -216,9 +217,7 @@ def _epoch(sampler: GroupedBatchSampler, epoch: int) -> list[list[tuple[int, int
 
 
 def train_set(folder: Path, transforms: Any) -> coco_utils.CocoDetection:
-    annotations, _ = coco_utils.read_annotations(
-        folder / "annotations" / "instances_train2017.json"
-    )
+    annotations, _ = coco_json.read_annotations(folder / "annotations" / "instances_train2017.json")
     label_map = coco_utils.label_categories(annotations.categories)
     return coco_utils.CocoDetection(
         folder / "train2017", annotations, label_map, transforms, seed=3
@@ -233,7 +232,7 @@ def test_samples_are_the_same_for_any_number_of_workers(tiny_shapes: Path, polic
     seen = []
     for workers in (0, 1, 2):
         torch.manual_seed(workers)  # what came before must not matter
-        loader = train_script.make_loader(data, batches, workers, torch.device("cpu"), keep=False)
+        loader = make_loader(data, batches, workers, torch.device("cpu"), keep=False)
         seen.append([(images[0], targets[0]) for images, targets in loader])
     for other in seen[1:]:
         for (image, target), (image_2, target_2) in zip(seen[0], other, strict=True):
@@ -253,7 +252,7 @@ def _kill_itself(image: Any, target: Any) -> Any:
 def test_a_loader_worker_that_dies_ends_the_run_within_seconds(tiny_shapes: Path) -> None:
     transforms: Any = _kill_itself
     data = train_set(tiny_shapes, transforms)
-    loader = train_script.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
+    loader = make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
     start = time.monotonic()
     with pytest.raises(utils.LocalError, match="a loader worker was killed"):
         with utils.worker_errors():
@@ -273,7 +272,7 @@ def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
     monkeypatch.setattr(utils, "LOADER_TIMEOUT", 8.0)  # and PyTorch is imported in 3
     transforms: Any = _stop_itself
     data = train_set(tiny_shapes, transforms)
-    loader = train_script.make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
+    loader = make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
     try:
         with pytest.raises(utils.LocalError, match="no loader worker delivered .* for 8 seconds"):
             with utils.worker_errors():

@@ -15,11 +15,13 @@ import pytest
 from conftest import TINY
 
 import coco_utils
-import data_cache
 import engine
 import presets
 import train as train_script
 import utils
+from data import cache as data_cache
+from data import image_files
+from data.splits import data_paths
 from utils import LocalError, UserError
 
 Start = Callable[..., int]
@@ -84,7 +86,7 @@ def test_what_a_user_can_mend_is_one_line_and_status_1(
 
 
 def _find_damage(image: Any, target: Any) -> Any:
-    raise coco_utils.ImageError("is damaged")
+    raise image_files.ImageError("is damaged")
 
 
 def _die(image: Any, target: Any) -> Any:
@@ -206,7 +208,7 @@ def test_without_a_home_the_variable_to_set_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        train_script.data_paths("shapes", None, {})
+        data_paths("shapes", None, {})
 
 
 def test_a_full_cache_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,5 +216,5 @@ def test_a_full_cache_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     full.write_text("")  # what is no folder takes no files, as little as a full disk
     monkeypatch.setenv("XDG_CACHE_HOME", str(full))
     with pytest.raises(UserError, match=f"{full}"):
-        train_script.data_paths("shapes", None, {})
+        data_paths("shapes", None, {})
     assert data_cache.folder().parent == full

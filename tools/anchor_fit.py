@@ -10,6 +10,9 @@ boxes or the mean over classes, whichever is lower, as AP is a mean over classes
 
 from __future__ import annotations
 
+from data import locate
+from data.splits import PATHS, data_paths, read_splits
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize anchor-fit")
 
@@ -20,11 +23,11 @@ from typing import Any
 import numpy as np
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-import coco_json
 import coco_utils
 import presets
 import train
-from model import BatchTransform, build_model, make_anchor_generator
+from data import coco_json
+from models.build import BatchTransform, build_model, make_anchor_generator
 from utils import UserError
 
 FOREGROUND = 0.5  # the IoU from which RetinaNet trains an anchor on a box
@@ -179,10 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     train.check_flags(flags)
     if not flags.model.startswith("retinanet"):
         raise UserError(f"--model {flags.model}: anchors are fitted for RetinaNet alone")
-    overrides = {name: getattr(flags, name) for name in train.PATHS}
-    paths = train.data_paths(flags.dataset, flags.data_path, overrides)
-    (annotations,) = train.read_splits(paths, ["train"])
-    for none in coco_utils.boxes_findings(annotations, for_training=True):
+    overrides = {name: getattr(flags, name) for name in PATHS}
+    paths = data_paths(flags.dataset, flags.data_path, overrides)
+    (annotations,) = read_splits(paths, ["train"])
+    for none in locate.boxes_findings(annotations, for_training=True):
         raise UserError(f"{annotations.path} has no boxes to fit anchors to: {none.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
     model_flags = parser.values(flags, "model")

@@ -8,6 +8,9 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 
 from __future__ import annotations
 
+from data import image_files, locate
+from data.splits import PATHS, data_paths
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.check_data")
 
@@ -31,14 +34,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import coco_json
 import coco_utils
-import data_cache
-import formats
-import train
 import utils
-from coco_json import Annotations, Finding
-from flags import non_negative, positive
+from data import cache as data_cache
+from data import coco_json, formats
+from data.coco_json import Annotations, Finding
+from runtime.flags import non_negative, positive
 from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
@@ -68,11 +69,11 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         raise UserError(f"the image folder {images} does not exist; check --data-path")
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
-        packed, found = coco_utils.locate_images(packed, images)
+        packed, found = locate.locate_images(packed, images)
         opened = check_images(packed, images, workers, f"{name} images")
         kinds = {finding.what for finding in opened}
         findings = findings + [f for f in found if f.what not in kinds] + opened
-        findings += coco_utils.boxes_findings(packed, for_training=name == "train")
+        findings += locate.boxes_findings(packed, for_training=name == "train")
     rules = {finding.what for finding in findings}
     kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
     findings = kept + findings
@@ -133,8 +134,8 @@ def _check_image(file_name: str, size: list[int]) -> list[tuple[str, str]]:
     path = _root / file_name
     try:
         height, width = size
-        coco_utils.read_image(path, _root, (height, width))
-    except coco_utils.ImageError as error:
+        image_files.read_image(path, _root, (height, width))
+    except image_files.ImageError as error:
         _take_complaints()
         return [(error.rule, str(error))]
     problems = []
@@ -145,13 +146,13 @@ def _check_image(file_name: str, size: list[int]) -> list[tuple[str, str]]:
             else "image files that are damaged"
         )
         problems.append((rule, line))
-    header = coco_utils.read_header(path)
+    header = image_files.read_header(path)
     if header.is_slow:
         problems.append(("image files in a slow format", ""))
     if header.is_ambiguous:
         rule = "image files turned by EXIF, which their size cannot confirm"
         problems.append((rule, f"orientation {header.orientation}"))
-    with Image.open(path, formats=coco_utils.IMAGE_FORMATS) as image:
+    with Image.open(path, formats=image_files.IMAGE_FORMATS) as image:
         if image.has_transparency_data:
             problems.append(("image files with an alpha channel", ""))
     return problems
@@ -274,7 +275,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dataset", choices=("coco", "shapes", *formats.LAYOUTS), default="coco")
     parser.add_argument("--data-path", type=Path, help="COCO, VOC or YOLO folder")
-    for name in train.PATHS:
+    for name in PATHS:
         parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
     parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
     parser.add_argument(
@@ -301,10 +302,10 @@ def main(argv: list[str] | None = None) -> int:
     """Check, print, draw; return the exit status."""
     flags = build_parser().parse_args(argv)
     utils.start_worker_server("tools.check_data")
-    overrides = {name: getattr(flags, name) for name in train.PATHS}
+    overrides = {name: getattr(flags, name) for name in PATHS}
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")
-    paths = train.data_paths(flags.dataset, flags.data_path, overrides)
+    paths = data_paths(flags.dataset, flags.data_path, overrides)
     splits = [
         check_split(s, paths[f"{s}_images"], paths[f"{s}_annotations"], flags.workers)
         for s in flags.splits
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
         label_map = coco_utils.label_categories(train_set.categories)
         second.findings += coco_utils.class_findings(label_map, val_set)
-        second.findings += coco_utils.overlap_findings(
+        second.findings += locate.overlap_findings(
             (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
@@ -333,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         print("\n".join(summary_lines(splits, data)))
     if flags.plot and whole:
-        from tools import data_plots
+        from tools.plots import data_plots
 
         data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
         print(f"drawn: {flags.plot}", file=sys.stderr)

@@ -9,6 +9,8 @@ OUTPUT gets train2017/, val2017/ and annotations/. Images are links to the origi
 
 from __future__ import annotations
 
+from data import locate
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.convert")
 
@@ -21,10 +23,8 @@ import shutil
 import sys
 from pathlib import Path
 
-import coco_json
-import coco_utils
-import formats
-from formats import Sample
+from data import coco_json, formats
+from data.formats import Sample
 from utils import UserError, file_errors, run_command
 
 
@@ -76,7 +76,7 @@ def _coco_samples(annotations: coco_json.Annotations, root: Path, split: str) ->
     places = [root / f"{split}2017", annotations.path.parent, root / split, root / "images", root]
 
     def count_missing(place: Path) -> int:
-        _, found = coco_utils.locate_images(annotations, place)
+        _, found = locate.locate_images(annotations, place)
         return sum(f.count for f in found if f.what == "image files missing")
 
     folder = min((place for place in places if place.is_dir()), key=count_missing)
@@ -85,7 +85,7 @@ def _coco_samples(annotations: coco_json.Annotations, root: Path, split: str) ->
             f"{annotations.path}: {annotations.file_name(0)!r} is in none of "
             f"{', '.join(map(str, places))}; move the images to one of them"
         )
-    annotations, found = coco_utils.locate_images(annotations, folder)
+    annotations, found = locate.locate_images(annotations, folder)
     coco_json.require_no_errors(annotations.path, found)
     samples = []
     for number in range(len(annotations)):

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-import checkpoint
-import train
-from model import load_detector
+from data.splits import data_paths
+from models.build import load_detector
+from runtime import checkpoint
 from tools import predict
 from utils import UserError, run_command
 
@@ -138,7 +138,7 @@ def images_to_check(given: Sequence[str], source: str | None) -> list[Path]:
             for name in ("data_path", "val_images")
         }
         overrides = {"val_images": typed["val_images"]}
-        paths = train.data_paths(settings.get("dataset", "coco"), typed["data_path"], overrides)
+        paths = data_paths(settings.get("dataset", "coco"), typed["data_path"], overrides)
         if paths["val_images"].is_dir():
             return predict.find_images([str(paths["val_images"])])[:CHECKED]
     if not given:

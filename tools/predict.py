@@ -8,6 +8,8 @@ Exits with 1 if an image could not be read or its picture not written; the other
 
 from __future__ import annotations
 
+from data import image_files
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.predict")
 
@@ -28,16 +30,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
-import coco_utils
 import engine
 import train
 import utils
-from flags import between, non_negative, positive
-from model import load_detector, mixed_precision
-from tools import drawing
+from models.build import load_detector, mixed_precision
+from runtime.flags import between, non_negative, positive
+from tools.plots import drawing
 from utils import UserError, run_command
 
-SUFFIXES = coco_utils.SUFFIXES
+SUFFIXES = image_files.SUFFIXES
 
 
 class ImageFiles(Dataset):
@@ -53,8 +54,8 @@ class ImageFiles(Dataset):
         """Return the number, and uint8 `[3, H, W]` or why it cannot be read."""
         path = self.paths[number]
         try:
-            image = coco_utils.read_image(path, path.parent, shown_size(path))
-        except coco_utils.ImageError as error:
+            image = image_files.read_image(path, path.parent, shown_size(path))
+        except image_files.ImageError as error:
             return number, str(error)
         if vanishes(image, self.transform):
             height, width = image.shape[1:]
@@ -74,8 +75,8 @@ def shown_size(path: Path) -> tuple[int, int]:
     if not path.is_file():  # opening a pipe would wait until somebody writes to it
         return 0, 0
     try:
-        return coco_utils.read_header(path).shown
-    except coco_utils.ImageError:  # reading it will say what is wrong
+        return image_files.read_header(path).shown
+    except image_files.ImageError:  # reading it will say what is wrong
         return 0, 0
 
 

@@ -11,6 +11,8 @@ curves over each other:
 
 from __future__ import annotations
 
+from data import locate
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.report")
 
@@ -24,10 +26,10 @@ import numpy as np
 from torch import Tensor
 from torchvision.io import write_jpeg
 
-import coco_json
 import coco_utils
 from coco_eval import CocoEvaluator
-from tools import drawing, eval_plots, html_report, run_plots
+from data import coco_json
+from tools.plots import drawing, eval_plots, html_report, run_plots
 from utils import UserError, run_command
 
 MISSED = -1  # stands for the label of a box that was not found
@@ -62,7 +64,7 @@ class Pictures:
 
     def __init__(
         self,
-        annotations: coco_utils.Annotations,
+        annotations: coco_json.Annotations,
         images: Path,
         label_map: Sequence[dict[str, Any]],
         detections: np.ndarray,
@@ -272,8 +274,8 @@ def draw_evaluation(place: Path, folder: Path) -> tuple[list[str], dict[Path, st
     if "images" not in about:
         return [*lines, "  no images: the evaluation does not know where they are"], captions
 
-    annotations, _ = coco_utils.read_annotations(Path(about["annotations"]))
-    annotations, _ = coco_utils.locate_images(annotations, Path(about["images"]))
+    annotations, _ = coco_json.read_annotations(Path(about["annotations"]))
+    annotations, _ = locate.locate_images(annotations, Path(about["images"]))
     if not np.array_equal(np.sort(annotations.image_ids), curves["image_ids"]):
         raise UserError(f"{about['annotations']} has other images than {place} evaluated")
     found = np.load(place / "detections.npy")

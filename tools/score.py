@@ -22,8 +22,8 @@ import msgspec
 import numpy as np
 
 import coco_eval
-from coco_json import Annotations, read_annotations
 from coco_utils import label_categories
+from data.coco_json import Annotations, read_annotations
 from utils import UserError, file_errors, run_command
 
 SHOWN = 10  # findings of a kind that a message lists

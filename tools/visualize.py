@@ -17,6 +17,9 @@ draws one step of the method on an image and its boxes, as docs/retinanet.md exp
 
 from __future__ import annotations
 
+from data import image_files, locate
+from data.splits import PATHS, data_paths, read_splits
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize")
 
@@ -33,14 +36,16 @@ import torch
 from torch import Tensor, nn
 from torchvision.io import write_jpeg
 
-import coco_json
 import coco_utils
 import presets
 import train
 import utils
-from flags import ArgumentParser, non_negative, positive
-from model import build_model, load_detector
-from tools import anchor_fit, drawing, explain_pictures
+from data import coco_json
+from docs.explain import pictures as explain_pictures
+from models.build import build_model, load_detector
+from runtime.flags import ArgumentParser, non_negative, positive
+from tools import anchor_fit
+from tools.plots import drawing
 from utils import UserError, run_command
 
 
@@ -94,14 +99,14 @@ def draw_batch(argv: list[str]) -> None:
     parser = build_parser()
     flags = parser.parse_args(argv)
     train.check_flags(flags)
-    overrides = {name: getattr(flags, name) for name in train.PATHS}
-    paths = train.data_paths(flags.dataset, flags.data_path, overrides)
-    (annotations,) = train.read_splits(paths, ["train"])
+    overrides = {name: getattr(flags, name) for name in PATHS}
+    paths = data_paths(flags.dataset, flags.data_path, overrides)
+    (annotations,) = read_splits(paths, ["train"])
     if not flags.keep_empty:
-        coco_utils.require_boxes(annotations)
+        locate.require_boxes(annotations)
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
-    keep = None if flags.keep_empty else coco_utils.images_with_objects(annotations)
+    keep = None if flags.keep_empty else locate.images_with_objects(annotations)
     data = coco_utils.CocoDetection(
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
@@ -149,8 +154,8 @@ def read_boxes(image: Path, annotations: Path) -> tuple[Tensor, Tensor, list[str
         raise UserError(f"{annotations} has {how_many} named {image.name}: give the one it is of")
     height, width = coco.sizes[found[0]].tolist()
     try:
-        pixels = coco_utils.read_image(image, image.parent, (height, width))
-    except coco_utils.ImageError as error:
+        pixels = image_files.read_image(image, image.parent, (height, width))
+    except image_files.ImageError as error:
         raise UserError(f"{image} {error}") from None
     rows = np.arange(*coco.offsets[found[0] : found[0] + 2])
     rows = rows[~coco.iscrowd[rows]]

@@ -7,6 +7,8 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
+from data import locate
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.benchmark data")
 
@@ -31,14 +33,14 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import coco_utils
-import data_cache
 import presets
 import utils
-from flags import non_negative, positive
+from data import cache as data_cache
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
-from model import BatchTransform
-from tools import measuring
-from tools.measuring import MB, Row
+from models.build import BatchTransform
+from runtime.flags import non_negative, positive
+from tools.benchmark import measuring
+from tools.benchmark.measuring import MB, Row
 
 # images, boxes, whether boxes have outlines; without them 25 million boxes still fill 3 GB of JSON.
 SIZES = {
@@ -165,7 +167,7 @@ def start_ours(path: Path, cache: Path) -> tuple[dict[str, float], np.ndarray]:
     before, begin = measuring.memory(), time.perf_counter()
     annotations, _ = data_cache.examine(path)
     assert annotations is not None
-    keep = coco_utils.images_with_objects(annotations)
+    keep = locate.images_with_objects(annotations)
     groups = aspect_ratio_groups(annotations.sizes[keep], FACTOR)
     return _figures(before, begin), groups
 
@@ -315,14 +317,14 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         os.environ["XDG_CACHE_HOME"] = str(cache / "kept")
         annotations, _ = data_cache.examine(path)
         assert annotations is not None
-        keep = coco_utils.images_with_objects(annotations)
+        keep = locate.images_with_objects(annotations)
         label_map = coco_utils.label_categories(annotations.categories)
         data: Any = _Ours(Path(), annotations, label_map, keep=keep)
         groups = aspect_ratio_groups(data.sizes(), FACTOR)
         batches = data.with_entries(GroupedBatchSampler(groups, 16, 0))
         order: dict[str, Any] = {"batch_sampler": batches, "multiprocessing_context": "forkserver"}
         count, data = len(data), data.for_workers()
-        utils.start_worker_server("tools.benchmark_data")
+        utils.start_worker_server("tools.benchmark.data")
     else:
         data, kept = _load_torchvision(path, _Torchvision)
         data, order = Subset(data, kept), {"batch_size": 16, "shuffle": True}

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-import retinanet
-import shapes
-from model import ANCHOR_RATIOS, BatchTransform, make_anchor_generator
-from tools import drawing
+from data import shapes
+from models import retinanet
+from models.build import ANCHOR_RATIOS, BatchTransform, make_anchor_generator
+from tools.plots import drawing
 from utils import UserError
 
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "retinanet"})

@@ -16,8 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools import benchmark_data, benchmark_eval, benchmark_loader, benchmark_step, measuring
-from tools.measuring import Row
+from tools.benchmark import data as benchmark_data
+from tools.benchmark import eval as benchmark_eval
+from tools.benchmark import loader as benchmark_loader
+from tools.benchmark import measuring
+from tools.benchmark import step as benchmark_step
+from tools.benchmark.measuring import Row
 from utils import run_command
 
 SUBCOMMANDS = {

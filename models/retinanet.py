@@ -27,7 +27,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from box_subnet import sparse_codes
+from models.box_subnet import sparse_codes
 
 BOX_SUBNETS = ("dense", "sparse")
 ASSIGNERS = ("torchvision", "max-iou")

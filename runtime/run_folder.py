@@ -22,15 +22,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import checkpoint
 import coco_eval
-import coco_json
 import coco_utils
 import engine
-import progress
 import utils
 from coco_eval import CocoEvaluator
-from model import mixed_precision
+from data import coco_json
+from models.build import mixed_precision
+from runtime import checkpoint, progress
 from utils import Processes, file_errors, logger
 
 SAMPLES = 4  # images that TensorBoard shows at a time

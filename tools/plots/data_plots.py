@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
 import coco_utils
-from coco_json import Annotations
-from tools import drawing
+from data import image_files
+from data.coco_json import Annotations
+from tools.plots import drawing
 
 # RetinaNet's anchors, as torchvision rounds them: sides of the square ones, and height / width.
 ANCHOR_SIDES = [int(side * 2 ** (k / 3)) for side in (32, 64, 128, 256, 512) for k in range(3)]
@@ -174,7 +175,7 @@ def _draw_mosaic(axes: Any, split: Any, annotations: Annotations) -> None:
     ):
         try:
             image, target = data[0, int(with_boxes[place])]
-        except coco_utils.ImageError:
+        except image_files.ImageError:
             continue
         labels = target["labels"].tolist()
         texts = [names[label] for label in labels]

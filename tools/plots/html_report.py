@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.run_plots import METRICS, RunRecords, settings_that_differ
+from tools.plots.run_plots import METRICS, RunRecords, settings_that_differ
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 ROWS = 40  # evaluations and classes that a table shows

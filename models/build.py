@@ -37,8 +37,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-import retinanet
-from folding import fold_frozen_batch_norm
+from models import retinanet
+from models.folding import fold_frozen_batch_norm
 from utils import UserError, printable
 
 logger = logging.getLogger("retinanet")

@@ -21,10 +21,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_eval import METRICS, CocoEvaluator
-from coco_utils import Annotations, label_categories
-from flags import positive
-from tools import measuring
-from tools.measuring import Row
+from coco_utils import label_categories
+from data.coco_json import Annotations
+from runtime.flags import positive
+from tools.benchmark import measuring
+from tools.benchmark.measuring import Row
 from utils import Processes
 
 GROWTH = ((50_000, 80), (5_000, 1_203), (50_000, 1_203))  # images; classes of COCO and of LVIS

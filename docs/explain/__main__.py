@@ -1,6 +1,6 @@
 """Fill docs/retinanet*.md with numbers and code from this project, and draw their pictures.
 
-    python -m tools.explain
+    python -m docs.explain
 
 Between `<!-- code: FILE | FIRST | LAST -->` and `<!-- end -->` comes the source, from the line that
 holds the text FIRST to the next that holds LAST; between `<!-- table: NAME -->` and `<!-- end -->`
@@ -10,8 +10,10 @@ code says now.
 
 from __future__ import annotations
 
+from data import image_files
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.explain")
+    raise SystemExit("run it as: python -m docs.explain")
 
 import argparse
 import functools
@@ -27,14 +29,19 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import coco_json
-import coco_utils
-import retinanet
-import shapes
 import train
-from model import ANCHOR_RATIOS, ANCHOR_SIZES, build_model, load_detector, make_anchor_generator
-from tools import explain_diagrams, explain_pictures
-from tools.explain_pictures import CLASSES, LEVELS, PRIOR, SIZE, example_scene
+from data import coco_json, shapes
+from docs.explain import diagrams as explain_diagrams
+from docs.explain import pictures as explain_pictures
+from docs.explain.pictures import CLASSES, LEVELS, PRIOR, SIZE, example_scene
+from models import retinanet
+from models.build import (
+    ANCHOR_RATIOS,
+    ANCHOR_SIZES,
+    build_model,
+    load_detector,
+    make_anchor_generator,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"en": "docs/retinanet.md", "zh": "docs/retinanet.zh-CN.md"}
@@ -435,7 +442,7 @@ def draw_detections() -> None:
         path = next((root / "val2017").iterdir())
         annotations, _ = coco_json.read_annotations(root / "annotations" / "instances_val2017.json")
         height, width = annotations.sizes[0].tolist()
-        image = coco_utils.read_image(path, root, (height, width))
+        image = image_files.read_image(path, root, (height, width))
     names = {category["label"]: category["name"] for category in label_map}
     figure = explain_pictures.draw_detections(model, image, names)
     figure.savefig(PICTURES / "retinanet_detections.jpg", pil_kwargs={"optimize": True})

@@ -32,16 +32,16 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import engine
-import retinanet
-import train
 import utils
 from engine import Batch
-from flags import non_negative, positive
 from group_by_aspect_ratio import aspect_ratio_groups, epoch_batches
-from model import build_model, wrap
-from tools import measuring
-from tools.benchmark_data import coco_like_sizes
-from tools.measuring import MB, Row
+from models import retinanet
+from models.build import build_model, wrap
+from runtime.flags import non_negative, positive
+from runtime.optimization import build_optimizer
+from tools.benchmark import measuring
+from tools.benchmark.data import coco_like_sizes
+from tools.benchmark.measuring import MB, Row
 from utils import Processes, UserError
 
 PART = "anchors and loss"  # as the profile names it
@@ -217,7 +217,7 @@ class Ours(Side):
             box_subnet=settings.box_subnet,
         )
         super().__init__(model.to(memory_format=torch.channels_last), settings)
-        optimizer = train.build_optimizer(
+        optimizer = build_optimizer(
             self.model, RATE, opt="sgd", momentum=0.9, wd=1e-4, norm_weight_decay=None
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

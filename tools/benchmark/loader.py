@@ -6,6 +6,9 @@ pycocotools, float images. Both sides flip at random; bare decoding reads the sa
 
 from __future__ import annotations
 
+from data import coco_json
+from data.loading import make_loader
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.benchmark loader")
 
@@ -23,15 +26,14 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
 import coco_utils
-import data_cache
 import presets
-import shapes
-import train
 import utils
-from flags import non_negative, positive
+from data import cache as data_cache
+from data import shapes
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
-from tools import measuring
-from tools.measuring import Row
+from runtime.flags import non_negative, positive
+from tools.benchmark import measuring
+from tools.benchmark.measuring import Row
 
 BATCH_SIZE = 2  # the recipe's
 
@@ -58,7 +60,7 @@ def run(
         folder = data_path or shapes.make_shapes(data_cache.folder())
     images = folder / "train2017"
     path = folder / "annotations" / "instances_train2017.json"
-    annotations, _ = coco_utils.read_annotations(path)
+    annotations, _ = coco_json.read_annotations(path)
     keep = np.arange(len(annotations))[:max_images]
     rows = []
     torch.set_num_threads(1)  # as in a worker: several only get in each other's way
@@ -87,13 +89,13 @@ def _epoch(loader: Iterable[Any], expected: int) -> Callable[[], None]:
     return load
 
 
-def _decode(annotations: coco_utils.Annotations, images: Path, keep: np.ndarray) -> None:
+def _decode(annotations: coco_json.Annotations, images: Path, keep: np.ndarray) -> None:
     for number in keep.tolist():
         decode_image(str(images / annotations.file_name(number)), ImageReadMode.RGB)
 
 
 def _ours(
-    annotations: coco_utils.Annotations, images: Path, keep: np.ndarray, workers: int
+    annotations: coco_json.Annotations, images: Path, keep: np.ndarray, workers: int
 ) -> DataLoader:
     """Build the loader of `train.py`, with the recipe's augmentation."""
     data = coco_utils.CocoDetection(
@@ -104,7 +106,7 @@ def _ours(
         keep=keep,
     )
     sampler = GroupedBatchSampler(aspect_ratio_groups(data.sizes(), 3), BATCH_SIZE, 0)
-    return train.make_loader(data, sampler, workers, torch.device("cpu"), keep=True)
+    return make_loader(data, sampler, workers, torch.device("cpu"), keep=True)
 
 
 class TorchvisionSamples(Dataset[Any]):

@@ -23,11 +23,10 @@ from xml.etree import ElementTree
 
 import yaml
 
-import coco_json
-import coco_utils
-import data_cache
-from coco_json import Finding
-from coco_utils import SUFFIXES, ImageError
+from data import cache as data_cache
+from data import coco_json, image_files
+from data.coco_json import Finding
+from data.image_files import SUFFIXES, ImageError
 from utils import UserError, file_errors
 
 LAYOUTS = ("voc", "yolo")
@@ -249,7 +248,7 @@ def as_coco(
 
 def _key(about: Layout) -> str:
     """Hash the code, and name, size and times of all files that a conversion reads."""
-    content = hashlib.sha256(Path(__file__).read_bytes() + Path(coco_utils.__file__).read_bytes())
+    content = hashlib.sha256(Path(__file__).read_bytes() + Path(image_files.__file__).read_bytes())
     splits = about.splits.values()
     files = {path for split in splits for path in (*split.images, *split.labels)}
     for path in sorted(files | set(about.sources)):
@@ -289,9 +288,9 @@ def _stem(name: str) -> str:
     return base if suffix.lower() in (*SUFFIXES, *_OTHER_SUFFIXES) else name
 
 
-def _header(path: Path, found: Found) -> coco_utils.Header | None:
+def _header(path: Path, found: Found) -> image_files.Header | None:
     try:
-        header = coco_utils.read_header(path)
+        header = image_files.read_header(path)
     except ImageError as error:
         found.add(error.rule, path, f" {error}")
         return None
@@ -504,7 +503,7 @@ def _voc_size(
     tree: ElementTree.Element,
     label: Path,
     image: Path,
-    header: coco_utils.Header,
+    header: image_files.Header,
     found: Found,
 ) -> tuple[int, int] | None:
     """Return the size (H, W) that the XML file says, if the image has it, turned or as stored."""

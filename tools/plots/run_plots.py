@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import utils
-from tools import drawing
+from tools.plots import drawing
 from utils import UserError
 
 APS = {"AP": "-", "AP50": "--", "AP75": ":"}

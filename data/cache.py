@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-import coco_json
 import utils
-from coco_json import Annotations, Finding
+from data import coco_json
+from data.coco_json import Annotations, Finding
 from utils import UserError
 
 CACHED_FROM = 50_000_000  # bytes: smaller files are read in 0.3 s, which is not worth a copy
