@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from coco_eval import Analysis, CocoEvaluator, gather_rows, scores_of
-from models.build import EMA
+from models.averaging import EMA
 from utils import Processes, UserError, logger
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]

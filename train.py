@@ -35,15 +35,12 @@ from data.loading import make_loader
 from data.splits import PATHS, data_paths, read_splits
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
 from models import retinanet
-from models.build import (
-    build_model,
-    check_model_name,
-    load_trained,
-    make_anchor_generator,
-    make_ema,
-    padded_sizes,
-    wrap,
-)
+from models.averaging import make_ema
+from models.build import build_model, check_model_name
+from models.parallel import wrap
+from models.retinanet import make_anchor_generator
+from models.transform import padded_sizes
+from models.weights import load_trained
 from runtime import checkpoint
 from runtime.flags import (
     IGNORE,

@@ -28,7 +28,7 @@ import engine
 import utils
 from coco_eval import CocoEvaluator
 from data import coco_json
-from models.build import mixed_precision
+from models.precision import autocast
 from runtime import checkpoint, progress
 from utils import Processes, file_errors, logger
 
@@ -102,7 +102,7 @@ class Evaluation:
             UserError: on every process, if the folder cannot be written.
         """
         evaluator = coco_eval.CocoEvaluator(self.data.annotations, self.data.label_map)
-        with mixed_precision(model, self.amp_dtype):
+        with autocast(self.processes.device, self.amp_dtype):
             finished, result = engine.evaluate(
                 model,
                 self.loader,

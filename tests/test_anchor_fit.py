@@ -19,7 +19,8 @@ from torchvision.ops import box_iou
 import train as train_script
 from data import coco_json
 from models import retinanet
-from models.build import build_model, load_detector, make_anchor_generator
+from models.build import build_model, load_detector
+from models.retinanet import make_anchor_generator
 from runtime import checkpoint
 from tools import anchor_fit, visualize
 from utils import UserError
