@@ -130,7 +130,13 @@ def build_model(
             "out, or give --weights-backbone or --weights"
         )
     model = _build(
-        name, num_classes, is_trained, backbone, anchors, trainable_backbone_layers, sizes
+        name,
+        backbone,
+        anchors,
+        is_trained,
+        num_classes=num_classes,
+        trainable_backbone_layers=trainable_backbone_layers,
+        **sizes,
     )
     if isinstance(model, detection.RetinaNet):
         model.__class__ = retinanet.RetinaNet  # the same modules, with our training path
@@ -213,12 +219,10 @@ def load_detector(
 
 def _build(
     name: str,
-    num_classes: int,
-    is_trained: bool,
     backbone: Weights | None,
     anchors: AnchorGenerator,
-    trainable_layers: int | None,
-    sizes: dict[str, int],
+    is_trained: bool,
+    **settings: int | None,
 ) -> nn.Module:
     """Call torchvision's own builder, or for other ResNets one that does the same."""
     if name in models.list_models(module=detection):
@@ -236,13 +240,8 @@ def _build(
         _replaced(models.WeightsEnum, "get_state_dict", lambda *_, **__: state),
         _replaced(detection.retinanet, "_default_anchorgen", lambda: anchors),
     ):
-        return builder(
-            weights=None,
-            weights_backbone=next(iter(published)) if is_trained else None,
-            num_classes=num_classes,
-            trainable_backbone_layers=trainable_layers,
-            **sizes,
-        )
+        weights_backbone = next(iter(published)) if is_trained else None
+        return builder(weights=None, weights_backbone=weights_backbone, **settings)
 
 
 def _retinanet(

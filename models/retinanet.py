@@ -37,6 +37,9 @@ BOX_SUBNETS = ("dense", "sparse")
 ASSIGNERS = ("torchvision", "max-iou")
 BACKGROUND, IGNORED = -1, -2  # instead of the index of a box, as in torchvision's Matcher
 
+# A target for each anchor: boxes [N, M, 4] and labels [N, M] of `pad_targets`, and `assign` [N, A].
+Assigned = tuple[Tensor, Tensor, Tensor]
+
 # One size per level of the pyramid, and height / width: section 4 of the paper, as in torchvision.
 ANCHOR_SIZES, ANCHOR_RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
@@ -58,23 +61,18 @@ def make_anchor_generator(
     """Return RetinaNet's anchors: three sizes within an octave per level, each in all ratios.
 
     Args:
-        sizes: the smallest of each level P3 to P7, the side of a square in pixels.
-        ratios: height / width. For both, None is torchvision's choice, which is the paper's.
+        sizes: the smallest of each level P3 to P7, the side of a square in pixels; positive.
+        ratios: height / width, positive. None is torchvision's choice for both, which is the paper's.
 
     Raises:
-        UserError: if there are not five positive sizes, or a ratio is not positive.
+        UserError: if there are not five sizes.
     """
     sizes = ANCHOR_SIZES if sizes is None else sizes
     ratios = ANCHOR_RATIOS if ratios is None else ratios
-    if len(sizes) != len(ANCHOR_SIZES) or min(sizes) <= 0:
+    if len(sizes) != len(ANCHOR_SIZES):
         raise UserError(
-            f"--anchor-sizes {' '.join(map(str, sizes))}: give five positive numbers, one for each "
-            "of the levels P3 to P7, such as 32 64 128 256 512"
-        )
-    if not ratios or min(ratios) <= 0:
-        raise UserError(
-            f"--anchor-ratios {' '.join(map(str, ratios))}: give positive numbers, height / width, "
-            "such as 0.5 1 2"
+            f"--anchor-sizes {' '.join(map(str, sizes))}: give five numbers, one for each of the "
+            "levels P3 to P7, such as 32 64 128 256 512"
         )
     octaves = tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in sizes)
     return AnchorGenerator(octaves, (tuple(ratios),) * len(octaves))
@@ -345,10 +343,8 @@ class TrainingOptions:
             ("box_subnet", (None, *BOX_SUBNETS)),
             ("box_loss", (None, *BOX_LOSSES)),
         ):
-            value = getattr(self, name)
-            if value not in known:
-                words = ", ".join(k for k in known if k)
-                raise ValueError(f"{name} {value!r} is unknown: use one of {words}")
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {known}")
 
 
 def _full_precision(x: Tensor) -> Tensor:
@@ -433,10 +429,8 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
         outputs = self._head_outputs(features, matched >= 0)
         return self.compute_loss((boxes, labels, matched), outputs, anchors)
 
-    def assign_targets(
-        self, targets: list[dict[str, Tensor]], anchors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the boxes and labels of `pad_targets`, and the result of `assign` for anchors.
+    def assign_targets(self, targets: list[dict[str, Tensor]], anchors: Tensor) -> Assigned:
+        """Assign each of the anchors [A, 4] to a box of each image, with this model's thresholds.
 
         Raises:
             ValueError: if `proposal_matcher` is not torchvision's Matcher itself: only its
@@ -469,10 +463,7 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
         return self.head(features)
 
     def compute_loss(
-        self,
-        targets: tuple[Tensor, Tensor, Tensor],
-        head_outputs: dict[str, Tensor],
-        anchors: Tensor,
+        self, targets: Assigned, head_outputs: dict[str, Tensor], anchors: Tensor
     ) -> dict[str, Tensor]:
         """Return the losses of the head's outputs, with the targets of `assign_targets`."""
         return detection_losses(

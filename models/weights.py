@@ -141,21 +141,16 @@ def load_trained(model: nn.Module, content: Mapping[str, Any], source: str) -> N
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        reason = str(error).split("\n")[1].strip()
-        raise UserError(f"{source} does not fit --model and its classes: {reason}") from None
+    shapes, expected = ({k: v.shape for k, v in s.items()} for s in (state, model.state_dict()))
+    wrong = [k for k in expected | shapes if shapes.get(k) != expected.get(k)]
     # Frozen batch normalisation counts no batches, and is the same as the other for inference.
-    missing, unexpected = (
-        [key for key in keys if not key.endswith("num_batches_tracked")]
-        for keys in (missing, unexpected)
-    )
-    if missing or unexpected:
+    wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
+    if wrong:
         raise UserError(
-            f"{source} does not fit --model: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unexpected)} are unknown {unexpected[:3]}"
+            f"{source} does not fit --model and the classes: {len(wrong)} tensors are missing, "
+            f"unknown or of another shape, such as {', '.join(wrong[:3])}"
         )
+    model.load_state_dict(state, strict=False)
 
 
 def load_weights(model: nn.Module, weights: Weights, label_map: LabelMap) -> list[str]:
