@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +39,7 @@ from models.weights import (
     published_weights,
     read_weights,
 )
-from utils import UserError
-
-logger = logging.getLogger("retinanet")
+from utils import UserError, logger
 
 
 def model_names() -> list[str]:

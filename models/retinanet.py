@@ -62,7 +62,7 @@ def make_anchor_generator(
 
     Args:
         sizes: the smallest of each level P3 to P7, the side of a square in pixels; positive.
-        ratios: height / width, positive. None is torchvision's choice for both, which is the paper's.
+        ratios: height / width, positive. None is for both torchvision's choice, the paper's.
 
     Raises:
         UserError: if there are not five sizes.

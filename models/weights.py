@@ -6,7 +6,6 @@ loading does not ensure.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,7 @@ from torchvision import models
 from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
-from utils import UserError, load_tensors, printable
-
-logger = logging.getLogger("retinanet")
+from utils import UserError, load_tensors, logger, printable
 
 LabelMap = Sequence[Mapping[str, Any]]  # {"name", "label"} of each class; 0 is the background
 

@@ -186,5 +186,5 @@ def test_a_checkpoint_remembers_its_anchors(train: Train, tmp_path: Path) -> Non
     saved = checkpoint.load(path)
     on_resume = train_script.build_parser().on_resume
     assert on_resume["anchor_sizes"] == on_resume["anchor_ratios"] == "refuse"
-    with pytest.raises(UserError, match="know 6 anchors per place, and --anchor-ratios make 9"):
+    with pytest.raises(UserError, match="have 6 anchors per cell, and --anchor-ratios make 9"):
         build_model("retinanet_resnet18_fpn", saved["categories"], weights=str(path))
