@@ -31,6 +31,7 @@ import utils
 from data import coco_json, locate
 from data.loading import make_loader
 from data.splits import PATHS, data_paths, read_splits
+from data.worker_processes import kill_workers, start_worker_server, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
 from models.build import (
     build_model,
@@ -40,6 +41,7 @@ from models.build import (
     wrap,
 )
 from runtime import checkpoint
+from runtime.distributed import PeerError, Processes, launch_rank, processes
 from runtime.flags import (
     LOG,
     REFUSE,
@@ -47,7 +49,8 @@ from runtime.flags import (
 from runtime.optimization import build_optimizer, lr_factor
 from runtime.progress import RECIPE_BATCH
 from runtime.run_folder import Evaluation, Run, open_folder
-from utils import Processes, UserError, logger
+from runtime.signals import StopSignal, end_failed, follow_launcher
+from utils import UserError, logger
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
@@ -187,13 +190,13 @@ def main(args: argparse.Namespace) -> int:
     parser = build_parser()
     with contextlib.ExitStack() as stack:
         # Processes, output folder, log
-        utils.follow_launcher()
+        follow_launcher()
         if args.workers:
-            utils.start_worker_server("train")
+            start_worker_server("train")
         utils.set_determinism(args.use_deterministic_algorithms)
-        processes = stack.enter_context(utils.processes(args.device or utils.default_device()))
-        stack.enter_context(utils.worker_errors())
-        should_stop = utils.StopSignal()
+        processes = stack.enter_context(processes(args.device or utils.default_device()))
+        stack.enter_context(worker_errors())
+        should_stop = StopSignal()
         folder = output_folder(args)
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
 
@@ -334,26 +337,26 @@ def run_from_command_line() -> None:
     status: int | None = 1
     try:
         status = main(parse_args())
-    except KeyboardInterrupt:  # later ones are taken by `utils.StopSignal`
+    except KeyboardInterrupt:  # later ones are taken by `StopSignal`
         status = 128 + signal.SIGINT
         print("error: interrupted before the run began", file=sys.stderr)
     except Exception as error:
         _print_error(error)
     finally:
-        utils.kill_workers()
+        kill_workers()
     if status:
-        utils.end_failed()
+        end_failed()
         sys.exit(status)
 
 
 def _print_error(error: Exception) -> None:
     """Print what a user can mend as one message, and anything else with its traceback."""
-    if isinstance(error, utils.PeerError):
-        print(f"error: [rank {utils.launch_rank()}] {error}", file=sys.stderr)
+    if isinstance(error, PeerError):
+        print(f"error: [rank {launch_rank()}] {error}", file=sys.stderr)
     elif not isinstance(error, UserError):
         traceback.print_exception(error)
     # All processes see the same flags and data, so one speaks; an image only one process saw.
-    elif utils.launch_rank() == 0 or isinstance(error, utils.LocalError):
+    elif launch_rank() == 0 or isinstance(error, utils.LocalError):
         text = str(error).strip()
         if "Original Traceback" in text:  # raised in a DataLoader worker
             text = text.splitlines()[-1].split(": ", 1)[-1]
