@@ -143,7 +143,7 @@ def test_the_default_anchors_are_torchvisions() -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--anchor-sizes", "8", "16"], "--anchor-sizes 8 16: give five positive numbers"),
+        (["--anchor-sizes", "8", "16"], "--anchor-sizes 8 16: give five numbers"),
         (
             ["--anchor-sizes", "0", "1", "2", "3", "4"],
             "0 is out of range; give a whole",
