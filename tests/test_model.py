@@ -30,6 +30,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from models.build import build_model, model_names
+from models.loss_terms import total_loss
 from models.parallel import wrap
 from models.transform import BatchTransform, padded_sizes
 from models.weights import ZERO_EPS, Weights, load_trained, load_weights, read_weights
@@ -995,6 +996,14 @@ def test_faster_rcnn_trains_its_second_stage_on_fp32_boxes(name: str) -> None:
     for tensor in tree_leaves((proposals, predicted, losses)):
         if isinstance(tensor, torch.Tensor):
             assert tensor.dtype in (torch.float32, torch.int64)
+
+
+def test_a_scalar_to_log_is_no_part_of_the_loss() -> None:
+    loss = torch.tensor(2.0, requires_grad=True)
+    outputs = {"classification": loss, "log_boxes": torch.tensor(torch.nan), "bbox": 3 * loss}
+    total = total_loss(outputs)
+    total.backward()
+    assert total == 8 and loss.grad == 4
 
 
 def test_the_warm_up_of_ddp_is_in_the_precision_of_training(tmp_path: Path) -> None:
