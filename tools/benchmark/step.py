@@ -2,8 +2,8 @@
 
 Ours is `engine.train_one_epoch` on the model of `models/build.py`; torchvision's is its own model
 in the loop of references/detection. Both have the same weights and see the same generated images,
-which ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe batch
-normalisation is frozen, and so are the first layers; the weights are random.
+which ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe,
+batch normalisation and the first layers are frozen; the weights are random.
 """
 
 from __future__ import annotations
