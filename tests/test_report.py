@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coco_eval import Analysis, CocoEvaluator, write_analysis
+from coco_eval import Analysis, CocoEvaluator, Results, write_results
 from coco_utils import label_categories
 from data.coco_json import Annotations, read_annotations
 from tools import report
@@ -96,14 +96,11 @@ def write(
     tested: dict[str, Any] | None = None,
 ) -> tuple[Analysis, CocoEvaluator]:
     analysis, label_map, evaluator = analyze(annotations, rows)
-    place.mkdir(parents=True)
     about: dict[str, Any] = {"annotations": str(annotations.path), "categories": label_map}
     if images is not None:
         about["images"] = str(images)
-    write_analysis(analysis, place, {"data": about, "tested": tested})
-    np.save(place / "detections.npy", rows)
-    metrics = evaluator.score(rows).metrics
-    (place / "results.json").write_text(json.dumps(metrics))
+    results = Results(*evaluator.score(rows), rows, analysis, {})
+    write_results(results, evaluator, place, False, {"data": about, "tested": tested})
     return analysis, evaluator
 
 
