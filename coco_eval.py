@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.loss_terms import LOG_PREFIX
 from runtime.distributed import Processes
-from runtime.train_state import LOGGED
 from utils import UserError, file_errors, logger, printable, replace_file
 
 BACKENDS = ("hotcoco", "pycocotools")
@@ -493,5 +493,5 @@ class ImageLosses:
         # fsum rounds once, so that the order of the images cannot matter.
         means = [math.fsum(column) / len(rows) for column in rows[:, 1:].T.tolist()]
         by_name = dict(zip(self.names, means, strict=True))
-        loss = math.fsum(mean for name, mean in by_name.items() if not name.startswith(LOGGED))
+        loss = math.fsum(mean for name, mean in by_name.items() if not name.startswith(LOG_PREFIX))
         return {"val_loss": loss} | {f"val_{name}": mean for name, mean in by_name.items()}

@@ -26,12 +26,12 @@ import coco_eval
 import utils
 from coco_eval import CocoEvaluator, ImageLosses, Results
 from models.batch_statistics import BatchStatistics
-from models.build import mixed_precision
+from models.loss_terms import total_loss
+from models.precision import autocast
 from runtime import distributed
 from runtime.distributed import Processes
 from runtime.progress import Clock, mean_line
 from runtime.train_state import (
-    LOGGED,
     HostCopy,
     LastStep,
     StepSums,
@@ -102,10 +102,9 @@ def train_one_epoch(
                 _no_sync(model, is_last),
                 statistics.only_of_real_batches(weights, processes.rank),
             ):
-                with _autocast(processes.device, amp_dtype):
+                with autocast(processes.device, amp_dtype):
                     outputs = model(*to_device(images, targets, processes.device))
-                    losses = [v for name, v in outputs.items() if not name.startswith(LOGGED)]
-                    loss = torch.stack(losses).sum() * weight
+                    loss = total_loss(outputs) * weight
                 for name, value in {"loss": loss, **outputs}.items():
                     share = value.detach() * (1.0 if name == "loss" else weight)
                     log_sums[name] = log_sums[name] + share if name in log_sums else share
@@ -198,10 +197,6 @@ def _no_sync(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManag
     return model.no_sync()
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
 @dataclass
 class Evaluation:
     """This process's share of the validation images, and how it is evaluated.
@@ -244,7 +239,7 @@ class Evaluation:
         # Batch statistics are each process's own; a checkpoint has those of rank 0.
         self.processes.equalize(model.buffers())
         evaluator = CocoEvaluator(self.data.annotations, self.data.label_map)
-        with mixed_precision(model, self.amp_dtype):
+        with autocast(self.processes.device, self.amp_dtype):
             finished, results = evaluate(
                 model,
                 self.loader,

@@ -31,19 +31,16 @@ from data.locate import images_with_objects, require_boxes
 from data.splits import data_paths, read_splits
 from data.worker_processes import kill_workers, start_worker_server, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
-from models.build import (
-    build_model,
-    check_model_name,
-    load_trained,
-    make_anchor_generator,
-    make_ema,
-    padded_sizes,
-    wrap,
-)
+from models.averaging import make_ema
+from models.build import build_model, check_model_name
+from models.parallel import wrap
+from models.retinanet import make_anchor_generator
+from models.transform import padded_sizes
+from models.weights import load_trained
 from runtime import checkpoint
 from runtime.distributed import PeerError, join_process_group, launch_rank
 from runtime.flags import LOG, REFUSE
-from runtime.optimization import build_optimizer, lr_factor
+from runtime.optimization import build_optimizer, build_scheduler
 from runtime.options import (
     PATHS,
     build_parser,
@@ -153,10 +150,8 @@ def main(args: argparse.Namespace) -> int:
             wd=args.wd,
             norm_weight_decay=args.norm_weight_decay,
         )
-        factor_of = functools.partial(
-            lr_factor, sampler.steps_per_epoch, **parser.values(args, "schedule")
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor_of)
+        schedule = parser.values(args, "schedule")
+        scheduler = build_scheduler(optimizer, sampler.steps_per_epoch, **schedule)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         ema = make_ema(model, args.ema_decay)
         state = TrainState(model, optimizer, scheduler, scaler, ema)

@@ -7,6 +7,7 @@ import sys
 if sys.platform == "win32":  # before fcntl, which is not there
     sys.exit("error: this project needs Linux, macOS or WSL (wsl --install); Windows lacks fork")
 
+import argparse
 import errno
 import fcntl
 import io
@@ -231,6 +232,30 @@ def rename(temporary: Path, path: Path) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def load_tensors(path: Path, source: str) -> dict[str, Any]:
+    """Read a file of tensors and plain types to the CPU; `source` names it in messages.
+
+    The `argparse.Namespace` in a checkpoint of torchvision's scripts becomes a dict.
+
+    Raises:
+        UserError: if it is damaged or of another kind.
+    """
+    try:
+        # A Namespace takes attributes and runs nothing, so that it is as plain as a dict.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # any bytes can be in the file, and raise anything
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"{source}: not a file of tensors and plain types, or damaged: {reason}"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: holds a {type(content).__name__}, not weights or a checkpoint")
+    if isinstance(content.get("args"), argparse.Namespace):
+        content["args"] = vars(content["args"])
+    return content
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ torchvision's RetinaNetRegressionHead, whose modules and parameters these are.
 """
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torchvision.models.detection.retinanet import RetinaNetRegressionHead
 from torchvision.ops.misc import Conv2dNormActivation
 
-# Of the cells, those that count: beyond about 0.9 the head itself is faster (measured on a CPU).
+# The largest share of cells to gather: beyond about 0.9 the head itself is faster (on a CPU).
 MAX_SHARE = 0.8
 
 
@@ -34,24 +35,20 @@ def convolutions(head: nn.Module) -> list[nn.Conv2d] | None:
     None for any other, such as v2's, whose group normalisation takes its statistics from all cells,
     and for one with hooks, which would not be called.
     """
-    if type(head) is not RetinaNetRegressionHead:
-        return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in head.modules()):
-        return None
-    tower: Any = head.conv
-    blocks = list(tower)
-    if any(
-        type(block) is not Conv2dNormActivation or [type(m) for m in block] != [nn.Conv2d, nn.ReLU]
-        for block in blocks
-    ):
-        return None
-    found = [block[0] for block in blocks] + [head.bbox_reg]
-    same = all(
-        (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-        for conv in found
+    modules = list(head.modules())
+    layers = [module for module in modules if type(module) is nn.Conv2d]
+    block = [Conv2dNormActivation, nn.Conv2d, nn.ReLU]
+    kinds = [RetinaNetRegressionHead, nn.Sequential, *block * (len(layers) - 1), nn.Conv2d]
+    is_plain = (
+        [type(module) for module in modules] == kinds
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+        and all(
+            (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+            for conv in layers
+        )
     )
-    return found if same else None
+    return layers if is_plain else None
 
 
 @functools.lru_cache(maxsize=32)
@@ -88,10 +85,10 @@ class _Convolution(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Return the gradients of x, weight and bias."""
         x, weight, table = ctx.saved_tensors
-        # Gathered anew: keeping it would take nine times the memory of x.
+        # Gathered again: keeping it would take nine times the memory of x.
         of_weight = _gather(x, table[: ctx.length]).t() @ grad  # [9 * C, K]
         of_weight = of_weight.view(3, 3, *weight.shape[1::-1]).permute(3, 2, 0, 1)
-        # What a cell reads to its left, its left neighbour is read from on its right.
+        # A cell is read by its neighbours, each from the opposite side.
         readers = table[: len(x)].flip(1)
         readers = readers.masked_fill(readers > ctx.length, 0)
         of_x = _gather(grad, readers) @ weight.permute(2, 3, 0, 1).flatten(0, 2)
@@ -104,10 +101,12 @@ def _gather(x: Tensor, table: Tensor) -> Tensor:
 
 
 def sparse_codes(head: nn.Module, features: list[Tensor], foreground: Tensor) -> Tensor | None:
-    """Return the box codes of `head`, [N, A, 4], right at foreground anchors and 0 in other cells.
+    """Return the box codes of `head`, [N, A, 4], for cells with foreground; NaN in all others.
 
-    None if this is not the way: a head that is not made of plain convolutions, or nearly all
-    cells to compute. Then call the head itself.
+    So a loss that reads codes which were not computed is NaN, and not silently wrong.
+
+    None if the sparse path does not apply: the head is not made of plain convolutions, or nearly
+    all cells would be computed. Then call the head itself.
 
     Args:
         head: torchvision's RetinaNetRegressionHead.
@@ -121,7 +120,7 @@ def sparse_codes(head: nn.Module, features: list[Tensor], foreground: Tensor) ->
     around = neighbours(sizes, foreground.device)  # [C, 9]
     reach, shape = len(layers), (len(foreground), len(around))
 
-    # Cells from foreground, as a king walks; column 0 is the outside of the levels.
+    # Chebyshev distance to the nearest foreground cell; column 0 is the outside of the levels.
     distance = around.new_full((shape[0], shape[1] + 1), reach + 1, dtype=torch.int8)
     distance[:, 1:].masked_fill_(foreground.view(*shape, -1).any(2), 0)
     for _ in range(reach):
@@ -146,5 +145,6 @@ def sparse_codes(head: nn.Module, features: list[Tensor], foreground: Tensor) ->
         assert layer.bias is not None
         x = _Convolution.apply(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype), table, length)
         x = x if layer is layers[-1] else x.relu()
-    places = (image[: len(x)], cell[: len(x)])
-    return x.new_zeros(*shape, x.shape[1]).index_put(places, x).view(shape[0], -1, 4)
+    cells = (image[: len(x)], cell[: len(x)])
+    codes = x.new_full((*shape, x.shape[1]), math.nan).index_put(cells, x)
+    return codes.view(shape[0], -1, 4)

@@ -15,7 +15,9 @@ That every box has an area is for the data path to check.
 import copy
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +28,20 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
 
 from models.box_subnet import sparse_codes
+from utils import UserError
 
 BOX_SUBNETS = ("dense", "sparse")
 ASSIGNERS = ("torchvision", "max-iou")
-BACKGROUND, IGNORED = -1, -2  # in place of the index of a box, as in torchvision's Matcher
+BACKGROUND, IGNORED = -1, -2  # instead of the index of a box, as in torchvision's Matcher
+
+# A target for each anchor: boxes [N, M, 4] and labels [N, M] of `pad_targets`, and `assign` [N, A].
+Assigned = tuple[Tensor, Tensor, Tensor]
+
+# One size per level of the pyramid, and height / width: section 4 of the paper, as in torchvision.
+ANCHOR_SIZES, ANCHOR_RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
 ALPHA = 0.25  # of the focal loss: with gamma = 2 the best pair of table 1b
 MAX_LOG_SCALE = math.log(1000 / 16)  # Faster R-CNN's: no anchor grows more than 62.5-fold
@@ -43,6 +53,29 @@ CHUNK = 2**23
 CHUNK_SHARE = 1 / 16  # of a GPU's memory that one chunk of IoUs may take, 20 bytes each
 # Image sizes whose anchors are kept. `multiscale` makes 117 padded sizes of COCO's images.
 CACHED_SHAPES = 128
+
+
+def make_anchor_generator(
+    sizes: Sequence[int] | None = None, ratios: Sequence[float] | None = None
+) -> AnchorGenerator:
+    """Return RetinaNet's anchors: three sizes within an octave per level, each in all ratios.
+
+    Args:
+        sizes: the smallest of each level P3 to P7, the side of a square in pixels; positive.
+        ratios: height / width, positive. None is for both torchvision's choice, the paper's.
+
+    Raises:
+        UserError: if there are not five sizes.
+    """
+    sizes = ANCHOR_SIZES if sizes is None else sizes
+    ratios = ANCHOR_RATIOS if ratios is None else ratios
+    if len(sizes) != len(ANCHOR_SIZES):
+        raise UserError(
+            f"--anchor-sizes {' '.join(map(str, sizes))}: give five numbers, one for each of the "
+            "levels P3 to P7, such as 32 64 128 256 512"
+        )
+    octaves = tuple((s, int(s * 2 ** (1 / 3)), int(s * 2 ** (2 / 3))) for s in sizes)
+    return AnchorGenerator(octaves, (tuple(ratios),) * len(octaves))
 
 
 @functools.lru_cache(maxsize=CACHED_SHAPES)
@@ -72,14 +105,6 @@ def make_anchors(
     if device.type == "cuda":
         anchors = anchors.pin_memory()
     return anchors.to(device, non_blocking=True)
-
-
-class Assigned(NamedTuple):
-    """What the anchors of N images are to find: boxes and labels of `pad_targets`, and `assign`."""
-
-    boxes: Tensor
-    labels: Tensor
-    matched: Tensor
 
 
 def pad_targets(targets: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -278,6 +303,50 @@ def giou_loss(predicted: Tensor, boxes: Tensor) -> Tensor:
     return 1 - (overlap / (union + GIOU_EPS) - (hull - union) / (hull + GIOU_EPS))
 
 
+def _l1_of_codes(codes: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+    return (codes - encode_boxes(boxes, anchors)).abs().sum(dim=2)
+
+
+def _giou_of_boxes(codes: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+    return giou_loss(decode_boxes(codes, anchors), boxes)
+
+
+# From codes [N, A, 4], anchors [A, 4] and the box of each anchor [N, A, 4] to the loss [N, A].
+BOX_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "l1": _l1_of_codes,
+    "giou": _giou_of_boxes,
+}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How RetinaNet trains; inference does not depend on it.
+
+    Attributes:
+        assigner: the rule of `assign`, "torchvision" or "max-iou".
+        box_subnet: "dense" computes the box head everywhere, "sparse" only where boxes are (see
+            box_subnet.py); None is sparse on a CPU, and dense elsewhere, where sparse makes the
+            host wait.
+        box_loss: one of `BOX_LOSSES`; None is torchvision's: "giou" for v2, otherwise "l1".
+
+    Raises:
+        ValueError: if one is unknown.
+    """
+
+    assigner: str = "torchvision"
+    box_subnet: str | None = None
+    box_loss: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("assigner", ASSIGNERS),
+            ("box_subnet", (None, *BOX_SUBNETS)),
+            ("box_loss", (None, *BOX_LOSSES)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown: use one of {known}")
+
+
 def _full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -300,13 +369,11 @@ def detection_losses(
     Args:
         logits: [N, A, K], codes: [N, A, 4], of any floating-point type; anchors: [A, 4];
         boxes: [N, M, 4], labels: [N, M] as of `pad_targets`; matched: [N, A] as of `assign`;
-        box_loss: "l1" of the codes, or "giou" of the boxes (v2).
+        box_loss: a name in `BOX_LOSSES`: "l1" of the codes, or "giou" of the boxes (v2).
 
-    Raises:
-        ValueError: if `box_loss` is another.
+    `codes` may be NaN outside the foreground: the sparse box subnet does not compute them there. A
+    loss that reads them is then NaN, which stops the run; train it with `--box-subnet dense`.
     """
-    if box_loss not in ("l1", "giou"):
-        raise ValueError(f"box loss {box_loss!r} is unknown: use 'l1' or 'giou'")
     with torch.autocast(logits.device.type, enabled=False):
         foreground = matched >= 0  # [N, A]
         divisor = foreground.sum(dim=1, dtype=torch.float32).clamp(min=1) * len(matched)  # [N]
@@ -320,11 +387,7 @@ def detection_losses(
         # Without a box an anchor is its own target: the code of padding is log 0, which the mask
         # below hides from L1, but not from a loss whose gradient grows with it: 0 · inf is NaN.
         targets = torch.where(foreground.unsqueeze(2), targets, anchors)  # [N, A, 4]
-        codes = _full_precision(codes)
-        if box_loss == "l1":
-            box_losses = (codes - encode_boxes(targets, anchors)).abs().sum(dim=2)
-        else:
-            box_losses = giou_loss(decode_boxes(codes, anchors), targets)
+        box_losses = BOX_LOSSES[box_loss](_full_precision(codes), anchors, targets)
         box_losses.masked_fill_(~foreground, 0)  # [N, A]
 
         return {
@@ -336,34 +399,7 @@ def detection_losses(
 class RetinaNet(torchvision.models.detection.RetinaNet):
     """torchvision's RetinaNet, its parameters and state dict, with the training path above."""
 
-    def __init__(
-        self,
-        backbone: torch.nn.Module,
-        num_classes: int,
-        *args: Any,
-        assigner: str = "torchvision",
-        box_subnet: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Take what torchvision's class takes, and two choices for training.
-
-        Args:
-            assigner: "torchvision" or "max-iou".
-            box_subnet: "dense" computes it everywhere; "sparse" where boxes are, see box_subnet.py;
-                None is sparse on a CPU and dense elsewhere, where sparse makes the host wait.
-
-        Raises:
-            ValueError: if either is another, or `proposal_matcher` is not torchvision's Matcher
-                itself: only its thresholds are used, the rule of another would be lost.
-        """
-        super().__init__(backbone, num_classes, *args, **kwargs)
-        if assigner not in ASSIGNERS:
-            raise ValueError(f"assigner {assigner!r} is unknown: use one of {', '.join(ASSIGNERS)}")
-        if box_subnet not in (None, *BOX_SUBNETS):
-            raise ValueError(f"box subnet {box_subnet!r} is unknown: use 'dense' or 'sparse'")
-        if type(self.proposal_matcher) is not Matcher:
-            raise ValueError(f"proposal_matcher must be a Matcher, not {self.proposal_matcher!r}")
-        self.assigner, self.box_subnet = assigner, box_subnet
+    options = TrainingOptions()
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Return the losses (see `detection_losses`) in training, else torchvision's detections.
@@ -389,29 +425,37 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
             torch.promote_types(features[0].dtype, torch.float32),
             features[0].device,
         )
-        assigned = self.assign_targets(scaled_targets, anchors)
-        outputs = self._head_outputs(features, assigned.matched >= 0)
-        return self.compute_loss(assigned, outputs, anchors)
+        boxes, labels, matched = self.assign_targets(scaled_targets, anchors)
+        outputs = self._head_outputs(features, matched >= 0)
+        return self.compute_loss((boxes, labels, matched), outputs, anchors)
 
     def assign_targets(self, targets: list[dict[str, Tensor]], anchors: Tensor) -> Assigned:
-        """Pad the targets of N images and assign to their boxes the anchors, [A, 4]."""
+        """Assign each of the anchors [A, 4] to a box of each image, with this model's thresholds.
+
+        Raises:
+            ValueError: if `proposal_matcher` is not torchvision's Matcher itself: only its
+                thresholds are used, another rule would be lost.
+        """
+        matcher = self.proposal_matcher
+        if type(matcher) is not Matcher:
+            raise ValueError(f"proposal_matcher must be a Matcher, not {matcher!r}")
         boxes, labels = pad_targets(targets)
         boxes = boxes.to(anchors.dtype)
-        matcher = self.proposal_matcher
         matched = assign(
             anchors,
             boxes,
             labels,
-            self.assigner,
+            self.options.assigner,
             matcher.high_threshold,
             matcher.low_threshold,
             matcher.allow_low_quality_matches,
         )
-        return Assigned(boxes, labels, matched)
+        return boxes, labels, matched
 
     def _head_outputs(self, features: list[Tensor], foreground: Tensor) -> dict[str, Tensor]:
-        on_cpu = foreground.device.type == "cpu"
-        if self.box_subnet == "sparse" or (self.box_subnet is None and on_cpu):
+        subnet = self.options.box_subnet or ("sparse" if foreground.is_cpu else "dense")
+        # A head of another class may do more than call its two parts.
+        if subnet == "sparse" and type(self.head) is RetinaNetHead:
             codes = sparse_codes(self.head.regression_head, features, foreground)
             if codes is not None:
                 logits = self.head.classification_head(features)
@@ -421,11 +465,11 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
     def compute_loss(
         self, targets: Assigned, head_outputs: dict[str, Tensor], anchors: Tensor
     ) -> dict[str, Tensor]:
-        """Return the losses of the head's outputs."""
+        """Return the losses of the head's outputs, with the targets of `assign_targets`."""
         return detection_losses(
             head_outputs["cls_logits"],
             head_outputs["bbox_regression"],
             anchors,
             *targets,
-            self.head.regression_head._loss_type,
+            self.options.box_loss or self.head.regression_head._loss_type,
         )

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import torch
 
-from utils import UserError, file_errors, new_file, rename
+from utils import UserError, file_errors, load_tensors, new_file, rename
 
 logger = logging.getLogger("retinanet")
 
@@ -227,19 +227,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
         )
-    try:
-        # A Namespace takes attributes and runs nothing, so that it is as plain as a dict.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # any bytes can be in the file, and raise anything
-        reason = str(error).split("\n")[0][:200]
-        raise UserError(
-            f"--resume {path}: not a file of tensors and plain types, or damaged: {reason}"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
-    if isinstance(content.get("args"), argparse.Namespace):
-        content["args"] = vars(content["args"])
+    content = load_tensors(path, f"--resume {path}")
     require_kinds(content, path, ("args", "categories"))  # which are read before all others
     return content
 

@@ -5,6 +5,7 @@ Source: torchvision's references/detection/train.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -42,6 +43,14 @@ def build_optimizer(
             # Equal to a first step without any; torch leaves its own undefined if that is skipped.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, steps_per_epoch: int, **schedule: Any
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of the learning rate, a pure function of the step; see `lr_factor`."""
+    factor = functools.partial(lr_factor, steps_per_epoch, **schedule)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def lr_factor(

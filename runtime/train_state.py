@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from runtime.distributed import Processes
 from utils import UserError, logger
 
-LOGGED = "log_"  # prefix of what a model returns with its losses only to be logged
 MIN_SCALE = 1e-4  # of fp16's gradients; fairseq's --min-loss-scale: what overflows below diverges
 
 

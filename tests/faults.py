@@ -211,9 +211,9 @@ def record_and_hurt() -> None:
 
 
 def _no_warm_up() -> None:
-    from models import build as model
+    from models import parallel
 
-    model._warm_up = lambda *inputs: None
+    parallel._warm_up = lambda *inputs: None
 
 
 def _mortal_workers() -> None:

@@ -19,7 +19,8 @@ from torchvision.ops import box_iou
 import train as train_script
 from data import coco_json
 from models import retinanet
-from models.build import build_model, load_detector, make_anchor_generator
+from models.build import build_model, load_detector
+from models.retinanet import make_anchor_generator
 from runtime import checkpoint
 from tools import anchor_fit, visualize
 from utils import UserError
@@ -142,7 +143,7 @@ def test_the_default_anchors_are_torchvisions() -> None:
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--anchor-sizes", "8", "16"], "--anchor-sizes 8 16: give five positive numbers"),
+        (["--anchor-sizes", "8", "16"], "--anchor-sizes 8 16: give five numbers"),
         (
             ["--anchor-sizes", "0", "1", "2", "3", "4"],
             "0 is out of range; give a whole",
@@ -185,5 +186,5 @@ def test_a_checkpoint_remembers_its_anchors(train: Train, tmp_path: Path) -> Non
     saved = checkpoint.load(path)
     on_resume = train_script.build_parser().on_resume
     assert on_resume["anchor_sizes"] == on_resume["anchor_ratios"] == "refuse"
-    with pytest.raises(UserError, match="know 6 anchors per place, and --anchor-ratios make 9"):
+    with pytest.raises(UserError, match="have 6 anchors per cell, and --anchor-ratios make 9"):
         build_model("retinanet_resnet18_fpn", saved["categories"], weights=str(path))

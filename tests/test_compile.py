@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from models.build import build_model, wrap
+from models.build import build_model
+from models.parallel import wrap
 
 CLASSES = [{"id": i, "name": str(i), "label": i} for i in (1, 2, 3)]
 # Padded to eight different sizes, the last ones square and with the two sides swapped.

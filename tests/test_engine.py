@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 import engine
 import utils
-from models import build as model_module
-from models.build import build_model, make_ema, mixed_precision
+from models import precision
+from models.averaging import make_ema
+from models.build import build_model
 from runtime import train_state
 from runtime.distributed import Processes
 from runtime.optimization import build_optimizer
@@ -576,7 +577,7 @@ def test_a_process_of_weight_0_leaves_no_trace_in_statistics_over_all_processes(
 
 
 def test_no_gradient_comes_from_uninitialised_memory(tmp_path: Path) -> None:
-    # An image of 64 x 128 has a P6 map one column wide: see model.FullPrecisionP6P7.
+    # An image of 64 x 128 has a P6 map one column wide: see FullPrecisionP6P7.
     model = build_model("retinanet_resnet18_fpn", LABEL_MAP, min_size=64, max_size=128)
     model.train()
     images = [torch.rand(3, 128, 64) for _ in range(2)]
@@ -608,13 +609,13 @@ def test_boxes_are_computed_in_fp32_under_mixed_precision() -> None:
     model.anchor_generator.forward = watched
     with torch.inference_mode():
         before = model(image)[0]["boxes"]
-        with mixed_precision(model, torch.bfloat16):
+        with precision.autocast(torch.device("cpu"), torch.bfloat16):
             mixed = model(image)[0]
         after = model(image)[0]["boxes"]
     assert seen == [torch.float32] * 3
     assert mixed["boxes"].dtype == mixed["scores"].dtype == torch.float32
     assert torch.equal(before, after)
-    assert isinstance(model.backbone.fpn.extra_blocks, model_module.FullPrecisionP6P7)
+    assert isinstance(model.backbone.fpn.extra_blocks, precision.FullPrecisionP6P7)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])

@@ -33,7 +33,10 @@ from data.coco_json import read_annotations
 from data.loading import collate
 from data.splits import read_splits
 from group_by_aspect_ratio import same_size_batches
-from models.build import build_model, load_detector, load_trained, mixed_precision, padded_sizes
+from models.build import build_model, load_detector
+from models.precision import autocast
+from models.transform import padded_sizes
+from models.weights import load_trained
 from runtime import checkpoint, distributed
 from runtime.distributed import PeerError, Processes, join_process_group
 from runtime.options import check_flags, parse_args
@@ -191,7 +194,7 @@ def test_order_changes_no_bit_and_batch_size_no_more_than_rounding(
     dtype: torch.dtype | None, data: CocoDetection
 ) -> None:
     model = build(data)
-    with mixed_precision(model, dtype):
+    with autocast(torch.device("cpu"), dtype):
         one, reverse = evaluate(model, data), evaluate(model, data, reverse=True)
         four = evaluate(model, data, batch_size=4)
     assert np.array_equal(one.detections, reverse.detections)

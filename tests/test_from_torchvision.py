@@ -22,8 +22,8 @@ from conftest import run_script
 from torchvision.models import detection
 
 import train as train_script
-from models import build as model_module
-from models.build import read_weights
+from models.build import build_model
+from models.weights import read_weights
 from runtime import checkpoint, resuming
 from runtime.records import read_json_lines
 from utils import UserError
@@ -181,9 +181,7 @@ def test_theirs_gives_weights_and_a_backbone(tmp_path: Path) -> None:
     weights = read_weights(str(tmp_path / "model_0.pth"), "--weights")
     assert weights.settings is not None and weights.settings["opt"] == "sgd"
     label_map = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
-    built = model_module.build_model(
-        "retinanet_resnet18_fpn", label_map, weights_backbone=weights.source
-    )
+    built = build_model("retinanet_resnet18_fpn", label_map, weights_backbone=weights.source)
     found = built.backbone.body.state_dict()
     expected = plain.backbone.body.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())

@@ -29,15 +29,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from models import build as our
-from models.build import (
-    BatchTransform,
-    Weights,
-    build_model,
-    load_trained,
-    load_weights,
-    read_weights,
-)
+from models.build import build_model, model_names
+from models.loss_terms import total_loss
+from models.parallel import wrap
+from models.transform import BatchTransform, padded_sizes
+from models.weights import ZERO_EPS, Weights, load_trained, load_weights, read_weights
 from utils import UserError
 
 RESNET18, RESNET50 = "retinanet_resnet18_fpn", "retinanet_resnet50_fpn"
@@ -164,7 +160,7 @@ def backbone_of(name: str) -> str:
 
 
 def test_the_names_are_all_box_detectors_and_a_retinanet_for_every_resnet() -> None:
-    names = our.model_names()
+    names = model_names()
     boxes = [n for n in models.list_models(module=detection) if "mask" not in n and "key" not in n]
     assert set(boxes) < set(names) and names == sorted(set(names))
     resnets = [n for n in models.list_models(module=models) if "resne" in n]
@@ -172,14 +168,14 @@ def test_the_names_are_all_box_detectors_and_a_retinanet_for_every_resnet() -> N
     assert len(names) == len(boxes) + len(resnets) - 1  # ResNet-50 is torchvision's own
 
 
-@pytest.mark.parametrize("name", our.model_names())
+@pytest.mark.parametrize("name", model_names())
 def test_a_model_from_scratch_is_torchvisions(name: str) -> None:
     model = on_meta(lambda: build_model(name, THREE))
     assert_same_architecture(model, on_meta(lambda: torchvisions(name, 4)))
     assert len(trained(model)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", our.model_names())
+@pytest.mark.parametrize("name", model_names())
 def test_a_model_with_a_trained_backbone_is_torchvisions(name: str) -> None:
     expected = on_meta(lambda: torchvisions(name, 4, any_state(backbone_of(name))))
     model = on_meta(lambda: build_model(name, THREE, load=False, weights_backbone="given"))
@@ -365,7 +361,7 @@ def test_padded_sizes_are_those_to_which_images_are_really_padded(
         images, _ = base.eval()([torch.empty(3, height, width, device="meta")])
         expected.append(tuple(images.tensors.shape[-2:]))
     for dtype in (np.int32, np.int64):
-        padded = our.padded_sizes(model, np.array(sizes, dtype=dtype))
+        padded = padded_sizes(model, np.array(sizes, dtype=dtype))
         assert padded.tolist() == [list(size) for size in expected]
 
 
@@ -373,7 +369,7 @@ def test_padded_sizes_of_real_models_are_real() -> None:
     sizes = np.array([[480, 640], [640, 427], [333, 500]])
     for name in (RESNET18, SSDLITE, "ssd300_vgg16", FASTER_RCNN):
         model = on_meta(lambda name=name: build_model(name, THREE))  # type: ignore[misc]
-        for size, padded in zip(sizes, our.padded_sizes(model, sizes), strict=True):
+        for size, padded in zip(sizes, padded_sizes(model, sizes), strict=True):
             images, _ = model.transform.eval()([torch.empty(3, *size.tolist(), device="meta")])
             assert images.tensors.shape[-2:] == tuple(padded.tolist())
 
@@ -463,7 +459,7 @@ def test_the_log_says_what_a_backbone_takes_from_a_file_and_what_not(
     torch.save({"model": run, "ema": average, "args": {}, "categories": classes("a")}, path)
     model = build_model(RESNET18, THREE, weights_backbone=str(path))
     said = logged(caplog)
-    assert "the averaged ones (EMA) are taken" in said and "120 tensors loaded" in said
+    assert "the averaged weights (EMA) are taken" in said and "120 tensors loaded" in said
     assert said.endswith("backbone.fpn, head.classification_head, head.regression_head")
     for key, value in model.state_dict().items():
         if key.startswith(body):
@@ -521,7 +517,7 @@ def test_class_scores_go_to_the_classes_of_the_same_name(name: str) -> None:
         assert int(rows.sum()) == len(rows) * 2 // 6
 
 
-def test_the_log_says_which_classes_go_on_which_begin_anew_and_which_are_lost(
+def test_the_log_lists_the_classes_that_are_copied_initialised_and_skipped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "retinanet")
@@ -530,15 +526,15 @@ def test_the_log_says_which_classes_go_on_which_begin_anew_and_which_are_lost(
     load_weights(model, Weights("file", state, known), NEW)
     assert logged(caplog).splitlines() == [
         f"weights file: {len(state)} tensors loaded",
-        "  class scores taken over by name: 3 (fish, cat, dog)",
-        "  class scores begun anew, as the weights lack the class: 2 (horse, cow)",
-        "  class scores skipped, as the data lacks the class: 1 (bird)",
+        "  class scores copied by name: 3 (fish, cat, dog)",
+        "  class scores initialised, not in the weights: 2 (horse, cow)",
+        "  class scores skipped, not in the data: 1 (bird)",
     ]
     load_weights(model, Weights("file", model.state_dict()), NEW)
-    assert "they name no classes: scores are taken over in the order" in logged(caplog)
+    assert "they name no classes: scores are copied in the order" in logged(caplog)
 
 
-def test_weights_of_other_anchors_are_said_or_refused(
+def test_other_anchor_sizes_than_the_weights_are_warned_of_and_other_numbers_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, sizes = tmp_path / "best.pth", [16, 32, 64, 128, 256]
@@ -549,9 +545,9 @@ def test_weights_of_other_anchors_are_said_or_refused(
     assert "trained with" not in logged(caplog)
     build_model(RESNET18, THREE, weights=str(path))
     assert "trained with --anchor-sizes 16 32 64 128 256, not default" in logged(caplog)
-    with pytest.raises(UserError, match="know 9 anchors per place, and --anchor-ratios make 3"):
+    with pytest.raises(UserError, match="have 9 anchors per cell, and --anchor-ratios make 3"):
         build_model(RESNET18, THREE, weights=str(path), anchor_ratios=[1])
-    with pytest.raises(UserError, match="--anchor-ratios 1: only RetinaNet takes it"):
+    with pytest.raises(UserError, match="--anchor-ratios 1 is for RetinaNet, not for fcos"):
         build_model("fcos_resnet50_fpn", THREE, anchor_ratios=[1])
 
 
@@ -605,7 +601,9 @@ def test_weights_without_class_names_need_the_same_number_of_classes() -> None:
     old, same = quick(RESNET18, OLD, 1), quick(RESNET18, classes("a", "b", "c", "d"), 2)
     load_weights(same, Weights("file", old.state_dict()), classes("a", "b", "c", "d"))
     assert torch.equal(class_scores(same), class_scores(old))
-    with pytest.raises(UserError, match="--weights some.pth do not fit --model: size mismatch"):
+    with pytest.raises(
+        UserError, match="--weights some.pth does not fit --model and the classes: 2 tensors"
+    ):
         load_weights(quick(RESNET18, NEW, 2), Weights("some.pth", old.state_dict()), NEW)
 
 
@@ -616,7 +614,7 @@ def test_weights_of_another_architecture_are_refused(
 ) -> None:
     given = Weights("some.pth", quick(other, OLD, 1).state_dict(), label_map)
     for target in (OLD, NEW):
-        with pytest.raises(UserError, match=r"--weights some\.pth do not fit --model"):
+        with pytest.raises(UserError, match=r"--weights some\.pth does not fit --model"):
             load_weights(quick(RESNET18, target, 2), given, target)
 
 
@@ -750,7 +748,7 @@ def test_the_weights_without_eps_are_those_that_torchvision_treats_so() -> None:
             norms = [m for m in model.modules() if isinstance(m, FrozenBatchNorm2d)]
             if any(norm.eps == 0 for norm in norms):
                 without.append(weights)
-    assert set(without) == set(our.ZERO_EPS) and len(without) == 2
+    assert set(without) == set(ZERO_EPS) and len(without) == 2
 
 
 # --- names, the cache and the network -------------------------------------------------------------
@@ -894,21 +892,24 @@ def test_load_trained_takes_checkpoints_and_plain_state_dicts() -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, words",
     [
-        lambda: quick(RESNET18, NEW, 1).state_dict(),
-        lambda: quick("retinanet_resnet34_fpn", OLD, 1).state_dict(),
-        lambda: {"model": quick(SSDLITE, OLD, 1).state_dict()},
-        lambda: {},
-        lambda: {"model": [1, 2]},
-        lambda: {"step": 3, "args": {"lr": 0.1}},
+        (
+            lambda: quick(RESNET18, NEW, 1).state_dict(),
+            " does not fit --model and the classes: 2 tensors",
+        ),
+        (lambda: quick("retinanet_resnet34_fpn", OLD, 1).state_dict(), " does not fit --model"),
+        (lambda: {"model": quick(SSDLITE, OLD, 1).state_dict()}, " does not fit --model"),
+        (lambda: {}, ": not weights, .*: it is empty"),
+        (lambda: {"model": [1, 2]}, ": its weights are a list, not tensors by name"),
+        (lambda: {"step": 3, "args": {"lr": 0.1}}, ": not weights, .*: step, args is no tensor"),
     ],
     ids=["classes", "architecture", "detector", "empty", "list", "no model"],
 )
 def test_load_trained_refuses_what_does_not_fit_and_names_it(
-    content: Callable[[], dict[str, Any]],
+    content: Callable[[], dict[str, Any]], words: str
 ) -> None:
-    with pytest.raises(UserError, match=r"--resume some\.pth does not fit --model"):
+    with pytest.raises(UserError, match=rf"--resume some\.pth{words}"):
         load_trained(quick(RESNET18, OLD, 2), content(), "some.pth")
 
 
@@ -997,6 +998,14 @@ def test_faster_rcnn_trains_its_second_stage_on_fp32_boxes(name: str) -> None:
             assert tensor.dtype in (torch.float32, torch.int64)
 
 
+def test_a_scalar_to_log_is_no_part_of_the_loss() -> None:
+    loss = torch.tensor(2.0, requires_grad=True)
+    outputs = {"classification": loss, "log_boxes": torch.tensor(torch.nan), "bbox": 3 * loss}
+    total = total_loss(outputs)
+    total.backward()
+    assert total == 8 and loss.grad == 4
+
+
 def test_the_warm_up_of_ddp_is_in_the_precision_of_training(tmp_path: Path) -> None:
     seen: list[torch.dtype] = []
     dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
@@ -1004,7 +1013,7 @@ def test_the_warm_up_of_ddp_is_in_the_precision_of_training(tmp_path: Path) -> N
         for dtype in (torch.bfloat16, None):
             model = build_model(RESNET18, THREE, min_size=64, max_size=64)
             model.backbone.body.register_forward_hook(lambda m, i, out: seen.append(out["0"].dtype))
-            our.wrap(model, torch.device("cpu"), 2, False, dtype)
+            wrap(model, torch.device("cpu"), 2, False, dtype)
     finally:
         dist.destroy_process_group()
     assert seen == [torch.bfloat16] * 2 + [torch.float32] * 2

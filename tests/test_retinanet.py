@@ -31,6 +31,7 @@ from torchvision.ops import box_iou, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from models import retinanet
+from models.retinanet import TrainingOptions
 
 Targets = list[dict[str, Tensor]]
 TorchvisionRetinaNet = torchvision.models.detection.RetinaNet
@@ -254,7 +255,8 @@ def test_other_anchors_give_torchvisions_losses() -> None:
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("box_subnet", retinanet.BOX_SUBNETS)
 def test_training_step_equals_torchvision_down_to_the_weights(v2: bool, box_subnet: str) -> None:
-    ours = build(retinanet.RetinaNet, v2, box_subnet=box_subnet)
+    ours = build(retinanet.RetinaNet, v2)
+    ours.options = TrainingOptions(box_subnet=box_subnet)
     theirs = build(TorchvisionRetinaNet, v2)
     images = make_images([(60, 96), (64, 64), (50, 80)])
     targets = make_targets(7, [5, 0, 12], (50, 64))
@@ -568,34 +570,70 @@ def test_state_dict_and_inference_are_torchvisions(v2: bool) -> None:
         assert all(our_image[key].equal(their_image[key]) for key in our_image)
 
 
-def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="'closest'.*torchvision, max-iou"):
-        retinanet.RetinaNet(NoBackbone(), 2, assigner="closest")
-    with pytest.raises(ValueError, match="'auto'.*'dense' or 'sparse'"):
-        retinanet.RetinaNet(NoBackbone(), 2, box_subnet="auto")
-    with pytest.raises(ValueError, match="proposal_matcher"):
-        retinanet.RetinaNet(NoBackbone(), 2, proposal_matcher=SSDMatcher(0.5))
+def test_unknown_options_and_other_matchers_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="assigner 'closest'.*torchvision', 'max-iou"):
+        TrainingOptions(assigner="closest")
+    with pytest.raises(ValueError, match="box_subnet 'auto'.*'dense', 'sparse"):
+        TrainingOptions(box_subnet="auto")
+    with pytest.raises(ValueError, match="box_loss 'ciou'.*'l1', 'giou"):
+        TrainingOptions(box_loss="ciou")
     with pytest.raises(ValueError, match="needs targets"):
         retinanet.RetinaNet(NoBackbone(), 2)([])
-    ours, _ = both_without_backbone("ciou")
-    anchors = anchors_for((64, 64))
-    with pytest.raises(ValueError, match="'ciou'.*'l1' or 'giou'"):
-        losses_of(ours, make_targets(0, [1], (64, 64)), make_outputs(0, 1, len(anchors)), anchors)
+    model = retinanet.RetinaNet(NoBackbone(), 2, proposal_matcher=SSDMatcher(0.5))
+    with pytest.raises(ValueError, match="proposal_matcher must be a Matcher"):
+        model.assign_targets(make_targets(0, [1], (64, 64)), anchors_for((64, 64)))
 
 
-def test_assigner_reaches_the_loss() -> None:
+@pytest.mark.parametrize("field, option", [("assigner", "max-iou"), ("box_loss", "giou")])
+def test_an_option_reaches_the_loss(field: str, option: str) -> None:
     targets, anchors = make_targets(0, [12, 12], (64, 64), grid=8), anchors_for((64, 64))
     outputs = make_outputs(0, 2, len(anchors))
-    losses = [
-        losses_of(
-            retinanet.RetinaNet(NoBackbone(), NUM_CLASSES, assigner=assigner),
-            targets,
-            outputs,
-            anchors,
-        )
-        for assigner in retinanet.ASSIGNERS
-    ]
+    model, losses = retinanet.RetinaNet(NoBackbone(), NUM_CLASSES), []
+    for options in (TrainingOptions(), TrainingOptions(**{field: option})):
+        model.options = options
+        losses.append(losses_of(model, targets, outputs, anchors))
     assert losses[0]["bbox_regression"] != losses[1]["bbox_regression"]
+
+
+def test_the_box_loss_is_torchvisions_unless_an_option_says_otherwise() -> None:
+    targets, anchors = make_targets(0, [12, 12], (64, 64)), anchors_for((64, 64))
+    outputs = make_outputs(0, 2, len(anchors))
+    for torchvisions, chosen in (("l1", "giou"), ("giou", "l1")):
+        default, _ = both_without_backbone(torchvisions)
+        model, _ = both_without_backbone(chosen)
+        model.options = TrainingOptions(box_loss=torchvisions)
+        expected = losses_of(default, targets, outputs, anchors)
+        assert losses_of(model, targets, outputs, anchors) == expected
+
+
+def _l1_everywhere(codes: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
+    """A loss of one's own, which also pulls the codes of the background towards 0."""
+    return (codes - retinanet.encode_boxes(boxes, anchors)).abs().sum(dim=2) + codes.abs().mean()
+
+
+def test_a_loss_that_reads_codes_of_the_background_is_nan_where_these_were_not_computed() -> None:
+    model = build(retinanet.RetinaNet).train()
+    images, targets = make_images([(64, 64)]), make_targets(0, [1], (64, 64))
+    losses = {}
+    with mock.patch.dict(retinanet.BOX_LOSSES, everywhere=_l1_everywhere):
+        for box_subnet in retinanet.BOX_SUBNETS:
+            model.options = TrainingOptions(box_subnet=box_subnet, box_loss="everywhere")
+            losses[box_subnet] = model(images, copy.deepcopy(targets))["bbox_regression"]
+    assert losses["dense"].isfinite() and losses["sparse"].isnan()
+
+
+def test_a_head_of_another_class_is_called_as_a_whole() -> None:
+    class Louder(RetinaNetHead):
+        def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
+            return {name: 2 * value for name, value in super().forward(features).items()}
+
+    model = build(retinanet.RetinaNet, head=Louder(256, 9, NUM_CLASSES)).train()
+    images, targets = make_images([(64, 64)]), make_targets(0, [1], (64, 64))
+    losses = []
+    for box_subnet in retinanet.BOX_SUBNETS:
+        model.options = TrainingOptions(box_subnet=box_subnet)
+        losses.append(model(images, copy.deepcopy(targets)))
+    assert losses[0] == losses[1]
 
 
 # --- waits, operator calls, memory ----------------------------------------------------------------
@@ -644,7 +682,8 @@ def waits(recorder: OpRecorder) -> set[str]:
 @pytest.mark.parametrize("v2", [False, True])
 @pytest.mark.parametrize("assigner", retinanet.ASSIGNERS)
 def test_training_never_asks_the_device_for_a_value(v2: bool, assigner: str) -> None:
-    model = build(retinanet.RetinaNet, v2, assigner=assigner, box_subnet="dense").train()
+    model = build(retinanet.RetinaNet, v2).train()
+    model.options = TrainingOptions(assigner=assigner, box_subnet="dense")
     model.transform = NoTransform()
     images, targets = make_images([(64, 96)] * 3), make_targets(0, [4, 0, 9], (64, 96))
     retinanet.make_anchors.cache_clear()

@@ -27,7 +27,9 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import coco_utils
 import presets
 from data import coco_json
-from models.build import BatchTransform, build_model, make_anchor_generator
+from models.build import build_model
+from models.retinanet import make_anchor_generator
+from models.transform import BatchTransform
 from utils import UserError
 
 FOREGROUND = 0.5  # the IoU from which RetinaNet trains an anchor on a box

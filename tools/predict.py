@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import engine
 import utils
-from models.build import load_detector, mixed_precision
+from models.build import load_detector
+from models.precision import autocast
 from runtime.flags import between, non_negative, positive
 from tools.plots import drawing
 from utils import UserError, run_command
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     with utils.file_errors("create", flags.output_dir):
         flags.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with mixed_precision(model, utils.AMP_DTYPES.get(flags.amp)), bar:
+        with autocast(device, utils.AMP_DTYPES.get(flags.amp)), bar:
             for number, image, found in detect(model, loader, device):
                 bar.update()
                 if image is None or isinstance(found, str):

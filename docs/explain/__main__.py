@@ -35,13 +35,8 @@ from docs.explain import diagrams as explain_diagrams
 from docs.explain import pictures as explain_pictures
 from docs.explain.pictures import CLASSES, LEVELS, PRIOR, SIZE, example_scene
 from models import retinanet
-from models.build import (
-    ANCHOR_RATIOS,
-    ANCHOR_SIZES,
-    build_model,
-    load_detector,
-    make_anchor_generator,
-)
+from models.build import build_model, load_detector
+from models.retinanet import ANCHOR_RATIOS, ANCHOR_SIZES, make_anchor_generator
 from runtime.summary import RECIPE_BATCH
 
 ROOT = Path(__file__).parents[1]

@@ -25,7 +25,8 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from data import shapes
 from models import retinanet
-from models.build import ANCHOR_RATIOS, BatchTransform, make_anchor_generator
+from models.retinanet import ANCHOR_RATIOS, make_anchor_generator
+from models.transform import BatchTransform
 from tools.plots import drawing
 from utils import UserError
 

@@ -37,7 +37,7 @@ import coco_utils
 import presets
 from data import cache as data_cache
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
-from models.build import BatchTransform
+from models.transform import BatchTransform
 from runtime.flags import non_negative, positive
 from tools.benchmark import measuring
 from tools.benchmark.measuring import MB, Row

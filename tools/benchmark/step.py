@@ -1,6 +1,6 @@
 """The training step of RetinaNet: speed, memory, operator calls, waits, FLOPs.
 
-Ours is `engine.train_one_epoch` on the model of `model.py`; torchvision's is its own model in the
+Ours is `engine.train_one_epoch` on the model of `models/build.py`; torchvision's is its own model in the
 loop of references/detection. Both have the same weights and see the same generated images, which
 ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe batch
 normalisation is frozen, and so are the first layers; the weights are random.
@@ -36,7 +36,8 @@ import utils
 from engine import Batch
 from group_by_aspect_ratio import aspect_ratio_groups, epoch_batches
 from models import retinanet
-from models.build import build_model, wrap
+from models.build import build_model
+from models.parallel import wrap
 from runtime.distributed import Processes
 from runtime.flags import non_negative, positive
 from runtime.optimization import build_optimizer
@@ -336,7 +337,8 @@ def _synchronized(function: Callable[[], Any], device: torch.device) -> Callable
 def count_rows(ours: Ours, theirs: Torchvision, batch: Batch) -> list[Row]:
     """Count operator calls and waits of one step of either side; by default as a GPU runs it."""
     counts = []
-    with mock.patch.object(ours.model, "box_subnet", ours.settings.box_subnet or "dense"):
+    options = retinanet.TrainingOptions(box_subnet=ours.settings.box_subnet or "dense")
+    with mock.patch.object(ours.model, "options", options):
         for side in (ours, theirs):
             with _labels(side):
                 model = count(functools.partial(side.backward, batch))
