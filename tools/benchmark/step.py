@@ -1,8 +1,8 @@
 """The training step of RetinaNet: speed, memory, operator calls, waits, FLOPs.
 
-Ours is `engine.train_one_epoch` on the model of `models/build.py`; torchvision's is its own model in the
-loop of references/detection. Both have the same weights and see the same generated images, which
-ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe batch
+Ours is `engine.train_one_epoch` on the model of `models/build.py`; torchvision's is its own model
+in the loop of references/detection. Both have the same weights and see the same generated images,
+which ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe batch
 normalisation is frozen, and so are the first layers; the weights are random.
 """
 
