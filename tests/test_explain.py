@@ -19,6 +19,7 @@ from models import retinanet
 from models.build import build_model
 from runtime import checkpoint
 from tools import visualize
+from tools.plots import method
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,7 @@ def pages() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def scene() -> explain_pictures.Scene:
+def scene() -> method.Scene:
     return explain_pictures.example_scene(paint=False)
 
 
@@ -82,7 +83,7 @@ def test_pictures_have_texts_and_links_lead_somewhere(pages: dict[str, str], lan
 
 def test_the_sum_of_anchors_is_the_one_of_torchvision() -> None:
     _, found, _ = explain.network()
-    cells = [found[level][2] * found[level][3] for level in explain_pictures.LEVELS]
+    cells = [found[level][2] * found[level][3] for level in method.LEVELS]
     assert cells == [15_200, 3_800, 950, 247, 70]
     assert sum(cells) == 20_267
     assert found["cls_logits"][1] == 9 * sum(cells) == 182_403
@@ -95,7 +96,7 @@ def test_parts_add_up_to_the_whole() -> None:
     assert 2 * sum(row[4] for row in rows) == pytest.approx(2 * operations["Global"])
 
 
-def test_best_overlap_is_that_with_all_anchors(scene: explain_pictures.Scene) -> None:
+def test_best_overlap_is_that_with_all_anchors(scene: method.Scene) -> None:
     # The formula knows no border, so the boxes lie in the middle, at the places that it takes.
     places = 5
     grid = (np.arange(places) + 0.5) * 128 / places
@@ -109,10 +110,10 @@ def test_best_overlap_is_that_with_all_anchors(scene: explain_pictures.Scene) ->
         np.testing.assert_allclose(own, iou.numpy(), rtol=1e-5)
 
 
-def test_steps_are_the_four_rules(scene: explain_pictures.Scene) -> None:
+def test_steps_are_the_four_rules(scene: method.Scene) -> None:
     iou = retinanet.pairwise_iou(scene.boxes[None], scene.anchors)[0]  # [M, A]
     best, box = iou.max(dim=0)
-    first, second, third, last = explain_pictures.steps(scene)
+    first, second, third, last = method.steps(scene)
     assert (first == retinanet.IGNORED).all()
     expected = torch.full_like(box, retinanet.IGNORED)
     expected[best < 0.4] = retinanet.BACKGROUND
@@ -125,14 +126,14 @@ def test_steps_are_the_four_rules(scene: explain_pictures.Scene) -> None:
     assert not torch.equal(last, third)
 
 
-def test_first_losses_are_those_of_the_whole_image(scene: explain_pictures.Scene) -> None:
+def test_first_losses_are_those_of_the_whole_image(scene: method.Scene) -> None:
     matched = scene.assign()[None]
     boxes, labels = retinanet.pad_targets([{"boxes": scene.boxes, "labels": scene.labels}])
     p = 0.01
-    logits = torch.full((1, len(scene.anchors), explain_pictures.CLASSES), np.log(p / (1 - p)))
+    logits = torch.full((1, len(scene.anchors), method.CLASSES), np.log(p / (1 - p)))
     codes = torch.zeros(1, len(scene.anchors), 4)
     losses = retinanet.detection_losses(logits, codes, scene.anchors, boxes, labels, matched)
-    own = explain_pictures.first_losses(scene, p)["focal loss"]
+    own = method.first_losses(scene, p)["focal loss"]
     assert sum(own) == pytest.approx(float(losses["classification"]), rel=1e-4)
 
 
@@ -142,7 +143,7 @@ def test_stages_end_with_the_models_own_detections() -> None:
     model = build_model("retinanet_resnet18_fpn", classes, min_size=64, max_size=128).eval()
     torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.5)
     image = torch.randint(256, (3, 64, 90), dtype=torch.uint8)
-    stages = explain_pictures.detect_in_stages(model, image)
+    stages = method.detect_in_stages(model, image)
     with torch.no_grad():
         (expected,) = model([image / 255])
     assert len(expected["scores"]) > 10
@@ -195,10 +196,10 @@ def test_an_image_without_annotations_is_refused(tiny_shapes: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("language", explain.PAGES)
 def test_the_table_of_anchors_has_the_sides_of_the_anchors_that_train(
-    pages: dict[str, str], scene: explain_pictures.Scene, language: str
+    pages: dict[str, str], scene: method.Scene, language: str
 ) -> None:
     levels = scene.level_of_anchor()
-    for number, level in enumerate(explain_pictures.LEVELS):
+    for number, level in enumerate(method.LEVELS):
         sizes = scene.anchors[levels == number][:, 2:] - scene.anchors[levels == number][:, :2]
         squares = sorted({int(w) for w, h in sizes.unique(dim=0).tolist() if w == h})
         rows = [line for line in pages[language].splitlines() if line.startswith(f"| {level} |")]
