@@ -22,7 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from utils import Processes, UserError, printable, replace_file
+from runtime.distributed import Processes
+from utils import UserError, printable, replace_file
 
 BACKENDS = ("hotcoco", "pycocotools")
 METRICS = (

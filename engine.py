@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 from coco_eval import Analysis, CocoEvaluator, gather_rows, scores_of
 from models.build import EMA
-from utils import Processes, UserError, logger
+from runtime.distributed import MEETING_EVERY, Processes
+from utils import UserError, logger
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
@@ -533,7 +534,7 @@ def evaluate(
     for images, targets in batches:
         if should_stop():
             break
-        if processes.world_size > 1 and time.monotonic() - met > utils.MEETING_EVERY:
+        if processes.world_size > 1 and time.monotonic() - met > MEETING_EVERY:
             if meet(is_done=False)[0] > 0:
                 return False, None
             met = time.monotonic()

@@ -30,7 +30,10 @@ from coco_eval import CocoEvaluator
 from data import coco_json
 from models.build import mixed_precision
 from runtime import checkpoint, progress
-from utils import Processes, file_errors, logger
+from runtime.distributed import Processes
+from runtime.records import append_json_line, rewind_json_lines
+from runtime.signals import StopSignal
+from utils import file_errors, logger
 
 SAMPLES = 4  # images that TensorBoard shows at a time
 SHOWN_SCORE = 0.5  # of detections there
@@ -82,7 +85,7 @@ class Evaluation:
     save_detections: bool
     val_loss: bool
     amp_dtype: torch.dtype | None
-    should_stop: utils.StopSignal
+    should_stop: StopSignal
 
     def run(
         self,
@@ -219,7 +222,7 @@ class Run:
             self.extra["data"] = {k: split.annotations.summary() for k, split in splits.items()}
             with file_errors("delete", self.folder / "preempted"):
                 (self.folder / "preempted").unlink(missing_ok=True)
-            kept = utils.rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
+            kept = rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
             about = {
                 **{k: v for k, v in self.extra.items() if k != "data"},
                 "effective_lr": lr,
@@ -465,7 +468,7 @@ class Run:
                 self.progress.line(self.state.step, record)
             else:
                 logger.info("  ".join(f"{name} {progress.short(v)}" for name, v in record.items()))
-            utils.append_json_line(self.folder / "metrics.jsonl", record)
+            append_json_line(self.folder / "metrics.jsonl", record)
             if self.tensorboard is not None:
                 with file_errors("write", self.folder / "tensorboard"):
                     for name, value in values.items():

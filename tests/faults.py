@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from runtime.records import read_json_lines
+
 ROOT = Path(__file__).parents[1]
 # 15 images that count: on three ranks an epoch is three steps, and its last one is not full.
 SMALL = (
@@ -214,10 +216,9 @@ def _no_warm_up() -> None:
 
 
 def _mortal_workers() -> None:
-    import utils
 
     signal.pthread_sigmask = lambda how, numbers: set()
-    utils.ignore_stop_signals = _be_mortal
+    loading.ignore_stop_signals = _be_mortal
 
 
 def _be_mortal(worker: int) -> None:
@@ -432,7 +433,6 @@ def _feed(sha: Any, value: Any) -> None:
 
 def gate(folder: Path, record: Path) -> dict[str, str]:
     """Hash a run: model, averages, optimizer, schedule, place, the ordered log, and its records."""
-    import utils
     from runtime import checkpoint
 
     state = checkpoint.load(folder / checkpoint.NEWEST)
@@ -441,7 +441,7 @@ def gate(folder: Path, record: Path) -> dict[str, str]:
     schedule = state["lr_scheduler"]
     hashes["schedule"] = digest([schedule["last_epoch"], schedule["_last_lr"]])
     hashes["log"] = digest(training_log(record, state["step"]))
-    records = utils.read_json_lines(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == list(range(1, state["step"] + 1)), steps
     kept = [{k: v for k, v in r.items() if k not in WITHOUT_PROMISE} for r in records]

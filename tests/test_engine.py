@@ -23,6 +23,7 @@ import engine
 import utils
 from models import build as model_module
 from models.build import build_model, make_ema, mixed_precision
+from runtime.distributed import Processes
 from runtime.optimization import build_optimizer
 from utils import UserError
 
@@ -103,7 +104,7 @@ def run(
         state.model,
         state,
         batches,
-        utils.Processes(torch.device("cpu")),
+        Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=per_step,
         weight=lambda position: 1 / per_step,
@@ -257,7 +258,7 @@ def epoch(
         lines.append(line)
         return stop
 
-    processes = utils.Processes(torch.device("cpu"))
+    processes = Processes(torch.device("cpu"))
     options = {"after_step": after_step, **options}
     engine.train_one_epoch(state.model, state, batches, processes, seed=0, **options)
     return lines
@@ -417,7 +418,7 @@ def test_a_stop_is_honoured_between_two_steps(tmp_path: Path) -> None:
         state.model,
         state,
         make_batches(4, size=1),
-        utils.Processes(torch.device("cpu")),
+        Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
         weight=lambda position: 1.0,
@@ -549,7 +550,7 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
         wrapped,
         state,
         own,
-        utils.Processes(torch.device("cpu"), rank, world_size),
+        Processes(torch.device("cpu"), rank, world_size),
         seed=0,
         batches_per_step=world_size,
         weight=weight.__getitem__,

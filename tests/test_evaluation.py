@@ -36,7 +36,9 @@ from group_by_aspect_ratio import same_size_batches
 from models.build import build_model, load_detector, load_trained, mixed_precision, padded_sizes
 from runtime import checkpoint
 from runtime import run_folder as run_module
-from utils import Processes, UserError
+from runtime import distributed
+from runtime.distributed import PeerError, Processes, join_process_group
+from utils import UserError
 
 CPU = Processes(torch.device("cpu"))
 DETECTORS = {  # of every kind that the project builds the smallest
@@ -322,8 +324,8 @@ class _Slow:
 def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    utils.STEP_TIMEOUT = datetime.timedelta(seconds=2)
-    utils.MEETING_EVERY = 0.2
+    distributed.STEP_TIMEOUT = datetime.timedelta(seconds=2)
+    distributed.MEETING_EVERY = 0.2
     batches = [collate([data[0, i]]) for i in range(len(data))]
     share = batches[:1] if rank == 0 else batches[1:]  # rank 0 has less to do
     asked: list[int] = []
@@ -333,7 +335,7 @@ def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder
     elif case == "hang" and rank == 1:
         at[1] = lambda: time.sleep(60)
     model = build(data)
-    with utils.processes("cpu") as processes:
+    with join_process_group("cpu") as processes:
         evaluator = CocoEvaluator(data.annotations, data.label_map)
         start = time.monotonic()
         try:
@@ -341,7 +343,7 @@ def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder
                 model, _Slow(share, 0.5, at), evaluator, processes, should_stop=lambda: bool(asked)
             )
             seen = ["finished" if finished else "stopped", result is not None]
-        except utils.PeerError as error:
+        except PeerError as error:
             seen = [str(error), False]
         seconds = time.monotonic() - start
         (folder / f"{rank}.json").write_text(json.dumps([*seen, seconds]))

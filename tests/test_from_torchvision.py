@@ -22,10 +22,10 @@ from conftest import run_script
 from torchvision.models import detection
 
 import train as train_script
-import utils
 from models import build as model_module
 from models.build import read_weights
 from runtime import checkpoint
+from runtime.records import read_json_lines
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_theirs_is_continued_with_weights_and_optimizer(
     norms = () if norm_wd is None else ("--norm-weight-decay", str(norm_wd), "--wd", "0.05")
     flags = ("--epochs", "6", "--eval-every", "0", "--max-steps", "33", "--opt", opt, *norms)
     train("--resume", tmp_path / "model_3.pth", "--output-dir", tmp_path / "run", *flags)
-    steps = [r["step"] for r in utils.read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    steps = [r["step"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [33]  # after four epochs of eight
     ours = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
     assert (ours["epoch"], ours["step"], ours["position"]) == (4, 33, 1)

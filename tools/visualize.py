@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from data import image_files, locate
 from data.splits import PATHS, data_paths, read_splits
+from runtime.distributed import Processes
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize")
@@ -110,7 +111,7 @@ def draw_batch(argv: list[str]) -> None:
     data = coco_utils.CocoDetection(
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
-    processes = utils.Processes(torch.device("cpu"))
+    processes = Processes(torch.device("cpu"))
     sampler, loader = train.training_data(
         data,
         processes,

@@ -37,12 +37,13 @@ from engine import Batch
 from group_by_aspect_ratio import aspect_ratio_groups, epoch_batches
 from models import retinanet
 from models.build import build_model, wrap
+from runtime.distributed import Processes
 from runtime.flags import non_negative, positive
 from runtime.optimization import build_optimizer
 from tools.benchmark import measuring
 from tools.benchmark.data import coco_like_sizes
 from tools.benchmark.measuring import MB, Row
-from utils import Processes, UserError
+from utils import UserError
 
 PART = "anchors and loss"  # as the profile names it
 NUM_LABELS = 91  # COCO's, background included
