@@ -34,8 +34,6 @@ from data import coco_json, shapes
 from docs.explain import diagrams as explain_diagrams
 from docs.explain import pictures as explain_pictures
 from docs.explain.pictures import SIZE, example_scene
-from tools.plots import method
-from tools.plots.method import CLASSES, LEVELS, PRIOR
 from models import retinanet
 from models.build import (
     ANCHOR_RATIOS,
@@ -44,6 +42,8 @@ from models.build import (
     load_detector,
     make_anchor_generator,
 )
+from tools.plots import method
+from tools.plots.method import CLASSES, LEVELS, PRIOR
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"en": "docs/retinanet.md", "zh": "docs/retinanet.zh-CN.md"}

@@ -233,7 +233,10 @@ def draw_sheet(
     Returns:
         uint8 `[3, H, W]`.
     """
-    rows = [_draw_row(tiles[i : i + columns], colours, columns, column) for i in range(0, len(tiles), columns)]
+    rows = [
+        _draw_row(tiles[i : i + columns], colours, columns, column)
+        for i in range(0, len(tiles), columns)
+    ]
     height = sum(row.shape[1] + GAP for row in rows) + GAP
     sheet = torch.full((3, height, columns * (column + GAP) + GAP), 255, dtype=torch.uint8)
     top = GAP

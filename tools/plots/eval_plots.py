@@ -172,7 +172,10 @@ def draw_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.text(gain + longest / 60, height, text, va="center")
     axes.set_yticks(heights, list(ERRORS.values()))
     axes.invert_yaxis()
-    axes.set(xlim=(min(0, *gains), longest * 1.35), xlabel="AP50 gained if the error were corrected (TIDE)")
+    axes.set(
+        xlim=(min(0, *gains), longest * 1.35),
+        xlabel="AP50 gained if the error were corrected (TIDE)",
+    )
     axes.set_title("Errors, detections of any confidence", loc="left")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

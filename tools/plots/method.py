@@ -33,6 +33,8 @@ LEVELS = ("P3", "P4", "P5", "P6", "P7")
 GRAY = "#555555"
 MOST_DRAWN = 50  # boxes in a panel of detections: more hide the image
 COLOURS = tuple(colour for colour in drawing.PALETTE if colour != "#FFFFFF")
+
+
 @dataclass(frozen=True)
 class Scene:
     """An image as the model sees it, with its boxes and all anchors.
@@ -466,6 +468,7 @@ def draw_detections(
 ) -> Figure:
     """Draw what is left of the scores of uint8 `image` after each step of detection."""
     stages = detect_in_stages(model, image)
+    colours, names = drawing.class_colours(label_map), drawing.class_names(label_map)
     figure, axes = _sheet(stages.image, 2, 3)
     scores, boxes = stages.candidates["scores"], stages.candidates["boxes"]
     heat = np.zeros(tuple(stages.image.shape[1:]))
@@ -474,7 +477,9 @@ def draw_detections(
         np.maximum(area, score, out=area)
     is_shown = stages.detections["scores"] >= 0.5
     shown = {key: value[is_shown] for key, value in stages.detections.items()}
-    _panel(axes[0], stages.image, f"the image, {tuple(stages.image.shape)}\n{stages.pairs:,} scores")
+    _panel(
+        axes[0], stages.image, f"the image, {tuple(stages.image.shape)}\n{stages.pairs:,} scores"
+    )
     title = f"score over {model.score_thresh}: {stages.above:,}\nbest score of a box there"
     _panel(axes[1], stages.image, title)
     axes[1].imshow(heat, cmap="viridis", vmin=0, vmax=1)
@@ -488,10 +493,9 @@ def draw_detections(
         drawn = f", the best {MOST_DRAWN} drawn" if total > MOST_DRAWN else ""
         _panel(ax, stages.image // 2 + 64, f"{title}:\n{total:,}{drawn}")
         best = found["scores"].argsort(descending=True)[:MOST_DRAWN]
-        _outline_classes(ax, {key: value[best] for key, value in found.items()}, label_map, 1.2)
+        _outline_classes(ax, {key: value[best] for key, value in found.items()}, colours, 1.2)
     _panel(axes[5], stages.image, f"of these with a score from 0.5:\n{len(shown['scores'])}")
-    _outline_classes(axes[5], shown, label_map, 2)
-    names = drawing.class_names(label_map)
+    _outline_classes(axes[5], shown, colours, 2)
     for box, score, label in zip(*(shown[k] for k in ("boxes", "scores", "labels")), strict=True):
         text = f"{drawing.plain(names.get(int(label), '?'))} {score:.2f}"
         x, y, *_ = box.tolist()
@@ -502,9 +506,8 @@ def draw_detections(
 
 
 def _outline_classes(
-    axes: Any, detections: Mapping[str, Tensor], label_map: Sequence[Mapping[str, Any]], width: float
+    axes: Any, detections: Mapping[str, Tensor], colours: Mapping[int, str], width: float
 ) -> None:
-    colours = drawing.class_colours(label_map)
     for label in detections["labels"].unique().tolist():
         mine = detections["boxes"][detections["labels"] == label]
         # The 91 labels of COCO have gaps, which a model may predict.
