@@ -28,6 +28,7 @@ from tqdm import tqdm
 logger = logging.getLogger("retinanet")
 
 
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -99,20 +100,18 @@ def mend_streams() -> None:
             setattr(sys, name, quiet)
 
 
-def set_up_logging(is_main: bool, log_file: Path | None = None) -> None:
-    """Send the log to standard output and, on the main process, to `log_file` as well."""
+def set_up_logging(rank: int, log_file: Path | None = None) -> None:
+    """Send the log to standard output and, if given, to `log_file`; other ranks only warn."""
     terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
     handlers: list[logging.Handler] = [terminal(sys.stdout)]
-    if is_main and log_file is not None:
+    if log_file is not None:
         handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
-    layout = (
-        "%(asctime)s %(message)s" if is_main else f"%(asctime)s [rank {launch_rank()}] %(message)s"
-    )
+    layout = f"%(asctime)s [rank {rank}] %(message)s" if rank else "%(asctime)s %(message)s"
     for handler in handlers:
         handler.setFormatter(PrintableFormatter(layout, "%H:%M:%S"))
     logger.handlers = handlers
     logger.propagate = False
-    logger.setLevel(logging.INFO if is_main else logging.WARNING)
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
 
 
 def usable_cores() -> int:
@@ -151,6 +150,16 @@ def file_errors(verb: str, path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot {verb} {path}: {error.strerror or error}") from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it.
+
+    Raises:
+        UserError: if it cannot be created.
+    """
+    with file_errors("create", path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -25,7 +25,7 @@ from runtime.flags import (
     non_negative,
     positive,
 )
-from runtime.progress import RECIPE_BATCH
+from runtime.summary import RECIPE_BATCH
 from utils import UserError
 
 PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
@@ -361,13 +361,20 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--test-only needs what to test: --resume CHECKPOINT or --weights NAME")
 
 
-def check_sizes(args: argparse.Namespace, num_images: int, num_processes: int) -> None:
-    """Raise UserError for a batch or a step that is larger than the training data."""
-    if args.batch_size > num_images:
+def check_sizes(args: argparse.Namespace, num_train: int, num_val: int, num_processes: int) -> None:
+    """Raise UserError for a batch or a step that is larger than the data, in images."""
+    if args.eval_batch_size > num_val:
         raise UserError(
-            f"--batch-size {args.batch_size} is more than the {num_images} images to train on"
+            f"--eval-batch-size {args.eval_batch_size} is more than the {num_val} images to "
+            "evaluate"
         )
-    batches = -(-num_images // args.batch_size)
+    if args.test_only:
+        return
+    if args.batch_size > num_train:
+        raise UserError(
+            f"--batch-size {args.batch_size} is more than the {num_train} images to train on"
+        )
+    batches = -(-num_train // args.batch_size)
     if args.accumulate_steps > 1 and args.accumulate_steps * num_processes > batches:
         raise UserError(
             f"--accumulate-steps {args.accumulate_steps} on {num_processes} processes makes steps "

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from runtime.records import read_json_lines
+from runtime.train_state import TrainState
 
 ROOT = Path(__file__).parents[1]
 # 15 images that count: on three ranks an epoch is three steps, and its last one is not full.
@@ -131,7 +132,7 @@ def record_and_hurt() -> None:
     injector.reach("start")
     injector.watch_files()
     record = Path(os.environ["RECORD"]) / f"rank{injector.rank}.jsonl"
-    state: list[engine.TrainState] = []
+    state: list[TrainState] = []
     batches: list[dict[str, Any]] = []
     for name, seconds in json.loads(os.environ.get("PATIENCE", "{}")).items():
         is_plain = isinstance(getattr(utils, name), float)
@@ -216,6 +217,8 @@ def _no_warm_up() -> None:
 
 
 def _mortal_workers() -> None:
+
+    from data import loading
 
     signal.pthread_sigmask = lambda how, numbers: set()
     loading.ignore_stop_signals = _be_mortal

@@ -24,7 +24,7 @@ from torchvision.models import detection
 import train as train_script
 from models import build as model_module
 from models.build import read_weights
-from runtime import checkpoint
+from runtime import checkpoint, resuming
 from runtime.records import read_json_lines
 from utils import UserError
 
@@ -167,13 +167,13 @@ def test_theirs_with_other_settings_is_refused_and_what_is_no_run_said(tmp_path:
     path = tmp_path / "model_3.pth"
     of_theirs(path, batch_size=4, amp=True)
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
-    own = checkpoint.as_own(checkpoint.load(path), now, 8, path)
+    own = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
     with pytest.raises(UserError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
-        checkpoint.check_same_run(own["args"], now, ["lr"], path)
+        resuming.check_same_run(own["args"], now, ["lr"], path)
     weights = checkpoint.load(path)["model"]
     with pytest.raises(UserError, match="lacks model, optimizer, epoch, args; .*--weights"):
-        checkpoint.as_own(weights, now, 8, path)
-    assert checkpoint.as_own(own, now, 8, path) is own
+        resuming.from_torchvision(weights, now, 8, path)
+    assert resuming.from_torchvision(own, now, 8, path) is own
 
 
 def test_theirs_gives_weights_and_a_backbone(tmp_path: Path) -> None:

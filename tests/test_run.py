@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 import train as train_script
 from data import coco_json
-from runtime import checkpoint
+from runtime import checkpoint, resuming
 from runtime import run_folder as run
 from runtime.distributed import Processes, join_process_group
 from utils import UserError
@@ -154,6 +154,6 @@ def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path)
         explained = train_script.data_changes(remembered, new, new)
         now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
         with pytest.raises(UserError) as error:
-            checkpoint.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
+            resuming.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
         assert told in str(error.value) and "another --output-dir" in str(error.value)
         assert not re.search("[0-9a-f]{20}", str(error.value))

@@ -36,10 +36,11 @@ from data.loading import make_loader
 from data.worker_processes import kill_workers, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from models.build import build_model
-from runtime import checkpoint, progress
+from runtime import checkpoint, progress, resuming
 from runtime.distributed import Processes
 from runtime.optimization import build_optimizer, lr_factor
 from runtime.records import read_json_lines
+from runtime.train_state import TrainState
 from utils import UserError
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -96,10 +97,10 @@ def test_published_command_line_is_what_the_defaults_mean() -> None:
 
 def test_a_step_keeps_its_batches_on_other_numbers_of_processes() -> None:
     of_run = {"args": {"batches_per_step": 8}}
-    assert train_script.batches_per_step(4, 2, {}) == 8
-    assert train_script.batches_per_step(1, 2, of_run) == 8  # not 2
+    assert resuming.batches_per_step(4, 2, {}) == 8
+    assert resuming.batches_per_step(1, 2, of_run) == 8  # not 2
     with pytest.raises(UserError, match=r"8 batches .* 3 processes .* can: 1, 2, 4, 8 \("):
-        train_script.batches_per_step(1, 3, of_run)
+        resuming.batches_per_step(1, 3, of_run)
 
 
 def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> torch.nn.Module:
@@ -176,7 +177,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = engine.TrainState(ours, optimizer, scheduler, scaler)
+    state = TrainState(ours, optimizer, scheduler, scaler)
     measured: list[float] = []
     optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradients(ours)))
 

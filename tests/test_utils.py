@@ -387,7 +387,7 @@ def main(args):
             raise ValueError("on rank 0")
 
 train.main = main
-train.parse_args = lambda: None
+parse_args = lambda: None
 train.run_from_command_line()
 """
 

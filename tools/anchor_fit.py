@@ -22,7 +22,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import coco_utils
 import presets
 from data import coco_json, locate
-from data.splits import PATHS, data_paths, read_splits
+from data.splits import data_paths, read_splits
 from models.build import BatchTransform, build_model, make_anchor_generator
 from runtime import options
 from utils import UserError, printable
@@ -79,7 +79,7 @@ CHOICES: dict[str, Sequence[float]] = {
 
 def paths_of(flags: argparse.Namespace) -> dict[str, Path]:
     """Return where the data lies that the flags name, by split and kind."""
-    overrides = {name: getattr(flags, name) for name in PATHS}
+    overrides = {name: getattr(flags, name) for name in options.PATHS}
     return data_paths(flags.dataset, flags.data_path, overrides)
 
 

@@ -9,8 +9,9 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 from __future__ import annotations
 
 from data import image_files, locate
-from data.splits import PATHS, data_paths
+from data.splits import data_paths
 from data.worker_processes import end_with_parent, start_worker_server
+from runtime.options import PATHS
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.check_data")

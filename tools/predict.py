@@ -32,7 +32,6 @@ from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 import engine
-import train
 import utils
 from models.build import load_detector, mixed_precision
 from runtime.flags import between, non_negative, positive
@@ -255,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     with utils.file_errors("create", flags.output_dir):
         flags.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with mixed_precision(model, train.AMP_DTYPES.get(flags.amp)), bar:
+        with mixed_precision(model, utils.AMP_DTYPES.get(flags.amp)), bar:
             for number, image, found in detect(model, loader, device):
                 bar.update()
                 if image is None or isinstance(found, str):

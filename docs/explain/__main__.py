@@ -11,6 +11,7 @@ code says now.
 from __future__ import annotations
 
 from data import image_files
+from runtime.options import build_parser
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m docs.explain")
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from data import coco_json, shapes
 from docs.explain import diagrams as explain_diagrams
 from docs.explain import pictures as explain_pictures
@@ -42,6 +42,7 @@ from models.build import (
     load_detector,
     make_anchor_generator,
 )
+from runtime.summary import RECIPE_BATCH
 from tools.plots import method
 from tools.plots.method import CLASSES, LEVELS, PRIOR
 
@@ -50,7 +51,7 @@ PAGES = {"en": "docs/retinanet.md", "zh": "docs/retinanet.zh-CN.md"}
 PICTURES = ROOT / "docs" / "pictures"
 CHECKPOINT = ROOT / "runs" / "docs" / "best.pth"
 SHAPES = 64  # images of the embedded data set whose assignment is counted
-RECIPE = train.build_parser().parse_args([])
+RECIPE = build_parser().parse_args([])
 
 
 @functools.cache
@@ -279,7 +280,7 @@ def facts() -> dict[str, str]:
             "momentum": f"{RECIPE.momentum:g}",
             "wd": f"{RECIPE.wd:g}",
             "batch": str(RECIPE.batch_size),
-            "global_batch": str(train.RECIPE_BATCH),
+            "global_batch": str(RECIPE_BATCH),
             "factor": str(RECIPE.aspect_ratio_group_factor),
         }
     )
@@ -361,8 +362,8 @@ def table(name: str, language: str) -> str:
         rows = []
         for gpus in (8, 4, 2, 1):
             each = RECIPE.batch_size
-            steps = train.RECIPE_BATCH // (each * gpus)
-            scaled = RECIPE.lr * each * gpus / train.RECIPE_BATCH
+            steps = RECIPE_BATCH // (each * gpus)
+            scaled = RECIPE.lr * each * gpus / RECIPE_BATCH
             values = (gpus, each, steps, each * gpus * steps, f"{RECIPE.lr:g}", f"{scaled:g}")
             rows.append([str(value) for value in values])
         return _markdown(header, rows)
