@@ -190,7 +190,10 @@ def test_the_pipeline_goes_on_to_the_detections_of_a_checkpoint(
 
 def test_an_image_without_annotations_is_refused(tiny_shapes: Path, tmp_path: Path) -> None:
     annotations = str(tiny_shapes / "annotations" / "instances_train2017.json")
-    with pytest.raises(UserError, match=r"has no image named other.jpg"):
+    with pytest.raises(
+        UserError,
+        match=r"instances_train2017.json: no image named other.jpg; give an image of this",
+    ):
         visualize.main(["coding", str(tmp_path / "other.jpg"), "--annotations", annotations])
 
 

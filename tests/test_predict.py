@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from docs.explain import pictures as explain_pictures
 from models.build import build_model, load_detector
 from runtime import checkpoint
 from tools import predict, visualize
+from tools.plots import method
 from utils import UserError
 
 LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]
@@ -213,7 +213,7 @@ def test_a_batch_is_drawn_with_the_flags_of_train_py(tiny_shapes: Path, tmp_path
     with Image.open(picture) as image:
         assert image.width == 3 * 206 + 6  # three tiles of 200 in a row, 6 px apart
         assert len({image.getpixel((x, 40)) for x in range(image.width)}) > 20
-    with pytest.raises(UserError, match="say what to draw"):
+    with pytest.raises(UserError, match="choose what to draw"):
         visualize.main(["--data-path", str(tiny_shapes)])
 
 
@@ -229,13 +229,13 @@ def test_both_pictures_of_the_pipeline_have_the_size_that_the_checkpoint_sees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shapes = []
-    sheet = explain_pictures._sheet
+    sheet = method._sheet
 
     def noted(image: torch.Tensor, *grid: int) -> Any:
         shapes.append(tuple(image.shape))
         return sheet(image, *grid)
 
-    monkeypatch.setattr(explain_pictures, "_sheet", noted)
+    monkeypatch.setattr(method, "_sheet", noted)
     image = sorted((tiny_shapes / "val2017").iterdir())[0]
     annotations = tiny_shapes / "annotations" / "instances_val2017.json"
     named = ["--annotations", annotations, "--checkpoint", trained, "--picture", tmp_path / "p.png"]

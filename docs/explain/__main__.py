@@ -10,12 +10,6 @@ code says now.
 
 from __future__ import annotations
 
-from data import image_files
-from runtime.options import build_parser
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m docs.explain")
-
 import argparse
 import functools
 import math
@@ -30,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import coco_json, shapes
+from data import coco_json, image_files, shapes
 from docs.explain import diagrams as explain_diagrams
 from docs.explain import pictures as explain_pictures
 from docs.explain.pictures import SIZE, example_scene
@@ -42,11 +36,12 @@ from models.build import (
     load_detector,
     make_anchor_generator,
 )
+from runtime.options import build_parser
 from runtime.summary import RECIPE_BATCH
 from tools.plots import method
 from tools.plots.method import CLASSES, LEVELS, PRIOR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {"en": "docs/retinanet.md", "zh": "docs/retinanet.zh-CN.md"}
 PICTURES = ROOT / "docs" / "pictures"
 CHECKPOINT = ROOT / "runs" / "docs" / "best.pth"

@@ -7,12 +7,6 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
-from data import locate
-from data.worker_processes import ignore_stop_signals, start_worker_server
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark data")
-
 import bisect
 import contextlib
 import math
@@ -36,6 +30,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import coco_utils
 import presets
 from data import cache as data_cache
+from data import locate
+from data.worker_processes import ignore_stop_signals, start_worker_server
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from models.build import BatchTransform
 from runtime.flags import non_negative, positive

@@ -6,9 +6,6 @@ in a fresh process and scores the same generated boxes, near to the truth and st
 
 from __future__ import annotations
 
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark eval")
-
 import contextlib
 import time
 from collections.abc import Callable

@@ -8,9 +8,6 @@ normalisation is frozen, and so are the first layers; the weights are random.
 
 from __future__ import annotations
 
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark step")
-
 import contextlib
 import dataclasses
 import functools
