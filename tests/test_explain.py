@@ -188,6 +188,53 @@ def test_the_pipeline_goes_on_to_the_detections_of_a_checkpoint(
         assert len(drawn.convert("RGB").getcolors(1 << 24) or []) > 200
 
 
+@pytest.mark.parametrize("step", ["assignment", "pipeline"])
+def test_a_step_is_drawn_of_voc_data_with_the_flags_of_train_py(
+    step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "voc" / folder).mkdir(parents=True)
+    for split, name in (("train", "a"), ("val", "b")):
+        Image.new("RGB", (96, 64), "gray").save(tmp_path / "voc" / "JPEGImages" / f"{name}.jpg")
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
+        (tmp_path / "voc" / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.jpg</filename><size><width>96</width>"
+            "<height>64</height><depth>3</depth></size><object><name>cup</name><bndbox>"
+            "<xmin>11</xmin><ymin>5</ymin><xmax>60</xmax><ymax>44</ymax></bndbox></object>"
+            "</annotation>"
+        )
+    picture = tmp_path / "picture.png"
+    flags = ["--dataset", "voc", "--data-path", tmp_path / "voc", "--picture", picture]
+    image = tmp_path / "voc" / "JPEGImages" / "b.jpg"
+    visualize.main([step, *map(str, [image, *flags, "--min-size", "64", "--max-size", "96"])])
+    assert "1 boxes, " in capsys.readouterr().out
+    with Image.open(picture) as drawn:
+        assert drawn.width in (1000, 1001)
+
+
+def test_the_assignment_of_one_box_has_no_empty_row_and_close_up_means_near() -> None:
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    one = method.make_scene(image, torch.tensor([[10.0, 5, 60, 44]]), ["cup"], 256, 384)
+    assert len(method.draw_assignment(one).axes) == 4
+    scene = explain_pictures.example_scene(paint=False)
+    figure = method.draw_assignment(scene)
+    assert len(figure.axes) == 6
+    low, high = figure.axes[4].get_xlim()
+    assert high - low < 0.15 * scene.image.shape[2]  # the three small circles
+
+
+def test_of_many_boxes_the_panels_of_detections_show_the_best_50() -> None:
+    torch.manual_seed(0)
+    label_map = [{"name": "a", "label": 1}, {"name": "b", "label": 2}]
+    model = build_model("retinanet_resnet18_fpn", label_map, min_size=64, max_size=128).eval()
+    torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.5)
+    image = torch.randint(256, (3, 64, 90), dtype=torch.uint8)
+    figure = method.draw_detections(model, image, label_map)
+    assert figure.axes[2].get_title("left").endswith("the best 50 drawn")
+    boxes = sum(len(c.get_paths()) for c in figure.axes[2].collections)
+    assert boxes <= 50
+
+
 def test_an_image_without_annotations_is_refused(tiny_shapes: Path, tmp_path: Path) -> None:
     annotations = str(tiny_shapes / "annotations" / "instances_train2017.json")
     with pytest.raises(

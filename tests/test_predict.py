@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def images(tiny_shapes: Path, tmp_path: Path) -> Path:
 
 
 def run(*arguments: Path | str) -> int:
-    return predict.main([*map(str, arguments), "--device", "cpu", "--workers", "0"])
+    return predict.main(["--workers", "0", *map(str, arguments), "--device", "cpu"])
 
 
 def test_results_are_those_of_the_model_called_by_hand(
@@ -118,6 +119,39 @@ def test_odd_files_cost_no_other_image_its_results(
     names = [images / name for name in ("a.png", "b.jpg", "new\nline\x1b[2J.jpg", "sub/a.jpg")]
     assert {r["file_name"] for r in results} == set(map(str, names))
     assert len(list(csv.reader((out / "detections.csv").open(newline="")))) == len(results) + 1
+
+
+class CrashingFiles(predict.ImageFiles):
+    """Images of which those named crash… end the process that reads them, as a decoder may."""
+
+    def __getitem__(self, number: int) -> predict.Loaded:
+        if self.paths[number].name.startswith("crash"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__getitem__(number)
+
+
+def test_a_decoder_that_crashes_costs_only_its_file(
+    trained: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("crash.jpg", "d.jpg", "e.jpg", "f.jpg", "g.jpg"):
+        Image.open(images / "a.jpg").save(images / name)
+    monkeypatch.setattr(predict, "ImageFiles", CrashingFiles)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
+    out = tmp_path / "out"
+    flags = ["--output-dir", out, "--batch-size", "2", "--workers", "1", "--score-thresh", "0"]
+    assert run("--checkpoint", trained, images, *flags) == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        f"error: {images}/crash.jpg: ended the process that decoded it: damaged, or too large"
+    ]
+    results = json.loads((out / "detections.json").read_text())
+    names = {Path(r["file_name"]).name for r in results}
+    assert names == {"a.jpg", "a.png", "d.jpg", "e.jpg", "f.jpg", "g.jpg"}
+    assert "in 7 images" in printed.out
 
 
 def test_what_was_found_is_written_when_prediction_is_interrupted(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import coco_utils
@@ -37,20 +38,23 @@ def draw_page(
     split, annotations = splits[0]
     tiles = sample_tiles(split.images, annotations)
     colours = drawing.class_colours(coco_utils.label_categories(annotations.categories))
-    sheet = drawing.draw_sheet(tiles, colours, COLUMNS, column=300) if tiles else None
-    low = 0.3 if sheet is None else sheet.shape[1] / 100 + 0.4
-    figure = drawing.new_figure(16, 6 + low)
-    grid = GridSpec(2, 5, figure=figure, height_ratios=(5.6, low))
+    figure = drawing.new_figure(16, 6)
+    if tiles:
+        sheet = drawing.draw_sheet(tiles, colours, COLUMNS, column=306)
+        plots, height = 600, 630 + sheet.shape[1]
+        figure.set_size_inches(16, height / 100)
+        # Pixel by pixel: scaled, the texts could not be read.
+        figure.figimage(sheet.permute(1, 2, 0).numpy(), xo=(1600 - sheet.shape[2]) // 2, yo=0)
+        figure.text(0.5, 1 - (plots + 12) / height, f"{split.name} images", ha="center", va="top")
+        layout = figure.get_layout_engine()
+        assert isinstance(layout, ConstrainedLayoutEngine)
+        layout.set(rect=(0, 1 - plots / height, 1, plots / height))
+    grid = GridSpec(1, 5, figure=figure)
     _draw_classes(figure.add_subplot(grid[0, 0:2]), splits)
     _draw_boxes_per_image(figure.add_subplot(grid[0, 2]), splits)
     _draw_anchors(
         figure, figure.add_subplot(grid[0, 3:5]), split.name, annotations, min_size, max_size
     )
-    axes = figure.add_subplot(grid[1, :])
-    axes.axis("off")
-    if sheet is not None:
-        axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="none")
-        axes.set_title(f"{split.name} images with their boxes")
     figure.suptitle(
         f"{drawing.plain(split.path.parent.parent.name)}: "
         + ", ".join(f"{len(a):,} {s.name} images, {len(a.ids):,} boxes" for s, a in splits),

@@ -31,7 +31,8 @@ CLASSES = 91  # that torchvision's COCO models score: labels 0 to 90
 PRIOR = 0.01  # of a class at an anchor, in an untrained head: section 4.1 of the paper
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
 GRAY = "#555555"
-MOST_DRAWN = 50  # boxes in a panel of detections: more hide the image
+MOST_OUTLINED = 600  # anchors in a panel of assignment: more hide the image
+MOST_DRAWN = 50  # boxes in a panel of detections
 COLOURS = tuple(colour for colour in drawing.PALETTE if colour != "#FFFFFF")
 
 
@@ -291,15 +292,31 @@ def draw_assignment(scene: Scene) -> Figure:
 
 
 def _draw_assigned(axes: Any, scene: Scene, assigned: Tensor, before: Tensor) -> None:
-    """Outline ignored anchors in black, a box's in its colour, thick where they are new to it."""
+    """Outline ignored anchors in black, a box's in its colour, thick where they are new to it.
+
+    Where these are many, dots at their centres stand for all but the new ones.
+    """
+    is_dense = int((assigned != retinanet.BACKGROUND).sum()) > MOST_OUTLINED
     ignored = scene.anchors[assigned == retinanet.IGNORED]
-    _outline(axes, ignored, edgecolor="black", linewidth=0.4, alpha=0.3)
+    if is_dense:
+        _draw_centres(axes, ignored, color="black", s=3, alpha=0.5)
+    else:
+        _outline(axes, ignored, edgecolor="black", linewidth=0.4, alpha=0.3)
     for number in range(len(scene.boxes)):
         colour = COLOURS[number % len(COLOURS)]
         mine = assigned == number
-        _outline(axes, scene.anchors[mine], edgecolor=colour, linewidth=0.6, alpha=0.5)
+        if is_dense:
+            _draw_centres(axes, scene.anchors[mine], color=colour, s=14, ec="black", lw=0.4)
+        else:
+            _outline(axes, scene.anchors[mine], edgecolor=colour, linewidth=0.6, alpha=0.5)
         new = scene.anchors[mine & (before != number)]
         _outline(axes, new, edgecolor=colour, linewidth=1.8)
+
+
+def _draw_centres(axes: Any, boxes: Tensor, **style: Any) -> None:
+    """Draw a dot at the centre of each box `[n, 4]` xyxy."""
+    x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).T.numpy()
+    axes.scatter(x, y, **style)
 
 
 def _draw_window(axes: Any, scene: Scene, assigned: Tensor, window: Tensor) -> None:
@@ -313,10 +330,9 @@ def _draw_window(axes: Any, scene: Scene, assigned: Tensor, window: Tensor) -> N
         mine = scene.anchors[assigned == number]
         colour = COLOURS[number % len(COLOURS)]
         _outline(axes, mine, edgecolor=colour, linewidth=0.8, alpha=0.7)
-        if len(mine):
-            # Several boxes' anchors may have one centre: those of later boxes are drawn smaller.
-            x, y = ((mine[:, :2] + mine[:, 2:]) / 2).T.numpy()
-            axes.scatter(x, y, s=max(70 - 8 * number, 14), color=colour, ec="black", zorder=3)
+        # Several boxes' anchors may have one centre: those of later boxes are drawn smaller.
+        size = max(70 - 8 * number, 14)
+        _draw_centres(axes, mine, s=size, color=colour, ec="black", zorder=3)
     _outline_objects(axes, scene, width=3)
 
 
