@@ -97,7 +97,6 @@ def write(
     tested: dict[str, Any] | None = None,
 ) -> tuple[Analysis, CocoEvaluator]:
     analysis, label_map, evaluator = analyze(annotations, rows)
-    place.mkdir(parents=True)
     about: dict[str, Any] = {"annotations": str(annotations.path), "categories": label_map}
     if images is not None:
         about["images"] = str(images)
