@@ -504,12 +504,12 @@ def draw_detections(
         (f"NMS per class, IoU {model.nms_thresh}", stages.after_nms),
         (f"best {model.detections_per_img}", stages.detections),
     )
-    for ax, (title, found) in zip(axes[2:], panels, strict=False):
-        total = len(found["scores"])
+    for ax, (title, left) in zip(axes[2:], panels, strict=False):
+        total = len(left["scores"])
         drawn = f", the best {MOST_DRAWN} drawn" if total > MOST_DRAWN else ""
         _panel(ax, stages.image // 2 + 64, f"{title}:\n{total:,}{drawn}")
-        best = found["scores"].argsort(descending=True)[:MOST_DRAWN]
-        _outline_classes(ax, {key: value[best] for key, value in found.items()}, colours, 1.2)
+        best = left["scores"].argsort(descending=True)[:MOST_DRAWN]
+        _outline_classes(ax, {key: value[best] for key, value in left.items()}, colours, 1.2)
     _panel(axes[5], stages.image, f"of these with a score from 0.5:\n{len(shown['scores'])}")
     _outline_classes(axes[5], shown, colours, 2)
     for box, score, label in zip(*(shown[k] for k in ("boxes", "scores", "labels")), strict=True):
