@@ -61,7 +61,9 @@ def test_a_wrong_number_and_a_wrong_line_of_code_are_found(pages: dict[str, str]
     with pytest.raises(ValueError, match="'no_such'"):
         explain.fill("<!--=no_such-->1<!---->", "en")
     with pytest.raises(ValueError, match=r"retinanet.py has no lines from 'def assign\('"):
-        explain.fill("<!-- code: retinanet.py | def assign( | no such -->\n<!-- end -->", "en")
+        explain.fill(
+            "<!-- code: models/retinanet.py | def assign( | no such -->\n<!-- end -->", "en"
+        )
     with pytest.raises(ValueError, match="'no-such'"):
         explain.fill("<!-- table: no-such -->\n<!-- end -->", "en")
 
