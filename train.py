@@ -41,14 +41,7 @@ from runtime import checkpoint
 from runtime.distributed import PeerError, join_process_group, launch_rank
 from runtime.flags import LOG, REFUSE
 from runtime.optimization import build_optimizer, build_scheduler
-from runtime.options import (
-    PATHS,
-    build_parser,
-    check_flags,
-    check_sizes,
-    output_folder,
-    parse_args,
-)
+from runtime.options import PATHS, build_parser, check_flags, check_sizes, output_folder, parse_args
 from runtime.resuming import batches_per_step, resume_run
 from runtime.run_folder import Run, open_folder
 from runtime.signals import StopSignal, end_failed, follow_launcher

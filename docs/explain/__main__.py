@@ -10,12 +10,6 @@ code says now.
 
 from __future__ import annotations
 
-from data import image_files
-from runtime.options import build_parser
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m docs.explain")
-
 import argparse
 import functools
 import math
@@ -30,16 +24,19 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import coco_json, shapes
+from data import coco_json, image_files, shapes
 from docs.explain import diagrams as explain_diagrams
 from docs.explain import pictures as explain_pictures
-from docs.explain.pictures import CLASSES, LEVELS, PRIOR, SIZE, example_scene
+from docs.explain.pictures import SIZE, example_scene
 from models import retinanet
 from models.build import build_model, load_detector
 from models.retinanet import ANCHOR_RATIOS, ANCHOR_SIZES, make_anchor_generator
+from runtime.options import build_parser
 from runtime.summary import RECIPE_BATCH
+from tools.plots import method
+from tools.plots.method import CLASSES, LEVELS, PRIOR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {"en": "docs/retinanet.md", "zh": "docs/retinanet.zh-CN.md"}
 PICTURES = ROOT / "docs" / "pictures"
 CHECKPOINT = ROOT / "runs" / "docs" / "best.pth"
@@ -118,7 +115,7 @@ def count_disputes(
         blank = torch.zeros((3, height, width), dtype=torch.uint8)
         names = ["any"] * len(boxes)
         tensor = torch.from_numpy(boxes)
-        scene = explain_pictures.make_scene(blank, tensor, names, min_size, max_size)
+        scene = method.make_scene(blank, tensor, names, min_size, max_size)
         own, other = scene.assign(), scene.assign(assigner="max-iou")
         plain = scene.assign(allow_low_quality=False)
         loses = [int((own == k).sum()) < int((other == k).sum()) for k in range(len(boxes))]
@@ -206,11 +203,11 @@ def base_anchors() -> tuple[np.ndarray, np.ndarray]:
 def _example_facts() -> dict[str, str]:
     scene = example_scene(paint=False)
     facts: dict[str, str] = {"boxes": str(len(scene.boxes))}
-    counts = [explain_pictures.count(step) for step in explain_pictures.steps(scene)]
+    counts = [method.count(step) for step in method.steps(scene)]
     for number, values in enumerate(counts, 1):
         for name, value in zip(("fg", "bg", "ignored"), values, strict=True):
             facts[f"{name}_{number}"] = f"{value:,}"
-    plain, own = explain_pictures.steps(scene)[2:]
+    plain, own = method.steps(scene)[2:]
     other = scene.assign(assigner="max-iou")
     total = len(scene.boxes)
     without = torch.bincount(plain[plain >= 0], minlength=total) == 0
@@ -227,7 +224,7 @@ def _example_facts() -> dict[str, str]:
     mine, theirs = int(own[first]), int(other[first])
     facts["dispute_own"] = f"{float(iou[mine, first]):.2f}"
     facts["dispute_other"] = f"{float(iou[theirs, first]):.2f}"
-    box, anchor, code, overlap = explain_pictures.coding_example(scene)
+    box, anchor, code, overlap = method.coding_example(scene)
     facts["code_iou"] = f"{overlap:.2f}"
     for name, corners in (("box", box), ("anchor", anchor)):
         x, y = ((corners[:2] + corners[2:]) / 2).tolist()
@@ -240,7 +237,7 @@ def _example_facts() -> dict[str, str]:
     back = retinanet.decode_boxes(code, anchor).tolist()
     facts["decoded"] = ", ".join(f"{v:.2f}" for v in back)
     for name, p in (("half", 0.5), ("prior", PRIOR)):
-        for kind, losses in explain_pictures.first_losses(scene, p).items():
+        for kind, losses in method.first_losses(scene, p).items():
             for side, loss in zip(("fg", "bg"), losses, strict=True):
                 shown = f"{loss:,.0f}" if loss >= 100 else f"{loss:.2f}"
                 facts[f"{'ce' if kind == 'cross entropy' else 'fl'}_{name}_{side}"] = shown
@@ -421,7 +418,7 @@ def draw_all() -> None:
         (PICTURES / f"retinanet_{name}.svg").write_text(svg, encoding="utf-8")
     scene = example_scene()
     for name in ("anchors", "assignment", "coding", "focal"):
-        figure = getattr(explain_pictures, f"draw_{name}")(scene)
+        figure = getattr(method, f"draw_{name}")(scene)
         suffix = "jpg" if name in ("anchors", "assignment") else "png"
         figure.savefig(PICTURES / f"retinanet_{name}.{suffix}", pil_kwargs={"optimize": True})
     figure = explain_pictures.draw_coverage()
@@ -439,8 +436,7 @@ def draw_detections() -> None:
         annotations, _ = coco_json.read_annotations(root / "annotations" / "instances_val2017.json")
         height, width = annotations.sizes[0].tolist()
         image = image_files.read_image(path, root, (height, width))
-    names = {category["label"]: category["name"] for category in label_map}
-    figure = explain_pictures.draw_detections(model, image, names)
+    figure = method.draw_detections(model, image, label_map)
     figure.savefig(PICTURES / "retinanet_detections.jpg", pil_kwargs={"optimize": True})
 
 
