@@ -29,12 +29,15 @@ from models.build import ANCHOR_RATIOS, BatchTransform, make_anchor_generator
 from tools.plots import drawing
 from utils import UserError
 
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "retinanet"})
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "retinanet", "font.size": 11})
 SIZE = (800, 1216)  # (H, W) of the pages' image: the shorter side is the recipe's, padding is none
 CLASSES = 91  # that torchvision's COCO models score: labels 0 to 90
 PRIOR = 0.01  # of a class at an anchor, in an untrained head: section 4.1 of the paper
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
 GRAY = "#555555"
+# A page shows a picture in about 1,000 of its own pixels, so 11.5 points are its body's 16 pixels;
+# a sharp screen has two pixels for each of them.
+WIDTH, DPI = 10, 200
 COLOURS = tuple(colour for colour in drawing.PALETTE if colour != "#FFFFFF")
 # What the pages' image shows: class, centre and side in pixels. The three small circles overlap,
 # and no anchor is as small as they are.
@@ -209,7 +212,7 @@ def first_losses(scene: Scene, probability: float) -> dict[str, tuple[float, flo
 
 def _panel(axes: Any, image: Tensor, title: str) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy())
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=11.5, loc="left")
     axes.set_axis_off()
 
 
@@ -226,11 +229,11 @@ def _outline_objects(axes: Any, scene: Scene, width: float = 2) -> None:
 
 
 def _sheet(image: Tensor, rows: int, columns: int) -> Any:
-    """Return a figure of 1,000 px and its axes, with the shape of the image."""
+    """Return a figure of `WIDTH` inches and its axes, with the shape of the image."""
     height, width = image.shape[1:]
-    tall = rows * (10 / columns * height / width + 0.45)
+    tall = rows * (WIDTH / columns * height / width + 0.5)
     layout = ConstrainedLayoutEngine(h_pad=0.1)  # inches: less cuts the first titles
-    figure = Figure(figsize=(10, min(tall, 14)), dpi=100, layout=layout)
+    figure = Figure(figsize=(WIDTH, min(tall, 14)), dpi=DPI, layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
@@ -286,7 +289,7 @@ def _label(
 
 def draw_coverage() -> Figure:
     """Plot the best IoU of an anchor with a box over the box's size, for three shapes of box."""
-    figure = Figure(figsize=(8, 3.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     sides = np.geomspace(6, 1200, 160)
     for ratio, colour in ((1, COLOURS[4]), (2, COLOURS[2]), (4, COLOURS[5])):
@@ -298,7 +301,7 @@ def draw_coverage() -> Figure:
         )
     for threshold, text in ((0.5, "foreground from 0.5"), (0.4, "background below 0.4")):
         axes.axhline(threshold, color="black", linewidth=0.8, linestyle=":")
-        axes.text(6, threshold + 0.012, text, fontsize=9)
+        axes.text(6, threshold + 0.012, text)
     axes.set_xscale("log")
     ticks = [8, 16, 32, 64, 128, 256, 512, 1024]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -396,7 +399,7 @@ def _draw_window(axes: Any, scene: Scene, assigned: Tensor, window: Tensor) -> N
 def draw_coding(scene: Scene) -> Figure:
     """Draw a box, one of its anchors, and the four numbers that lead from one to the other."""
     box, anchor, code, iou = coding_example(scene)
-    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4), dpi=DPI, layout="constrained")
     axes, text = figure.subplots(1, 2, width_ratios=(1, 1.2))
     _panel(axes, scene.image // 2 + 64, f"an anchor and the box it belongs to, IoU {iou:.2f}")
     low, high = torch.minimum(box[:2], anchor[:2]), torch.maximum(box[2:], anchor[2:])
@@ -427,14 +430,16 @@ def draw_coding(scene: Scene) -> Figure:
         "decoded: " + ", ".join(f"{value:.1f}" for value in back),
     )
     text.set_axis_off()
-    text.text(0, 0.5, "\n".join(lines), family="DejaVu Sans Mono", fontsize=9, va="center")
+    text.text(0, 0.5, "\n".join(lines), family="DejaVu Sans Mono", fontsize=10, va="center")
     return figure
 
 
 def draw_focal(scene: Scene) -> Figure:
-    """Plot the focal loss against cross entropy, and both summed over the anchors of the image."""
-    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
-    curve, bars = figure.subplots(1, 2)
+    """Plot the focal loss against cross entropy, its gradient, and the first loss of the image."""
+    figure = Figure(figsize=(WIDTH, 7.6), dpi=DPI, layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "gradient"], ["first", "first"]])
+    curve, bars = panels["loss"], panels["first"]
+    _draw_gradients(panels["gradient"])
     p = np.linspace(0.001, 1, 1000)
     for gamma, colour in zip((0, 0.5, 1, 2, 5), COLOURS[:3] + COLOURS[4:], strict=False):
         name = "γ = 0, cross entropy" if gamma == 0 else f"γ = {gamma:g}"
@@ -458,16 +463,45 @@ def draw_focal(scene: Scene) -> Figure:
         bars.barh(places - offset, values, 0.38, color=shade, label=f"{name} terms")
         for place, value in zip(places - offset, values, strict=True):
             number = f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
-            bars.text(value * 1.2, place, number, va="center", fontsize=9)
+            bars.text(value * 1.2, place, number, va="center")
     bars.set_xscale("log")
     bars.set_xlim(0.005, 30 * max(max(pair) for _, pair in rows))
     bars.set_yticks(places, [label for label, _ in rows])
     bars.invert_yaxis()
     bars.set_xlabel("first loss of this image, per foreground anchor")
     bars.legend(loc="lower right")
-    for axes in (curve, bars):
+    for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _draw_gradients(axes: Any) -> None:
+    """Plot how strongly both losses push the logit of a class that is not there, and of one that is.
+
+    The focal loss has its α here, as in training.
+    """
+    logits = torch.linspace(-8, 8, 200, dtype=torch.float64, requires_grad=True)
+    both = torch.stack([logits, logits])[:, :, None]  # [2, 200, 1]: absent, present
+    is_there = torch.tensor([[False], [True]]).expand(2, 200)
+    classes = torch.zeros(2, 200, dtype=torch.int64)
+    p = logits.detach().sigmoid()
+    for kind, sign, entropy, colour in (
+        (0, 1, p, COLOURS[4]),
+        (1, -1, 1 - p, COLOURS[0]),
+    ):
+        loss = retinanet.focal_loss(both, classes, is_there)[kind].sum()
+        (slope,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        name = ("absent class", "present class")[kind]
+        style = {"color": colour, "linewidth": 1.3}
+        axes.plot(logits.detach(), entropy, linestyle="--", label=f"{name}, cross entropy", **style)
+        axes.plot(logits.detach(), sign * slope, label=f"{name}, focal loss", **style)
+    axes.axvline(math.log(PRIOR / (1 - PRIOR)), color=GRAY, linewidth=0.8, linestyle=":")
+    axes.text(-4.8, 1e-5, f"p = {PRIOR:g}", color=GRAY, ha="right")
+    axes.set_yscale("log")
+    axes.set_ylim(3e-8, 2)
+    axes.set_xlabel("logit")
+    axes.set_ylabel("size of the gradient")
+    axes.legend(fontsize=9, loc="lower center")
 
 
 @dataclass(frozen=True)
