@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +23,16 @@ import hotcoco
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from utils import Processes, UserError, printable, replace_file
+from runtime.distributed import Processes
+from runtime.train_state import LOGGED
+from utils import UserError, file_errors, logger, printable, replace_file
 
 BACKENDS = ("hotcoco", "pycocotools")
-METRICS = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-)
+METRICS = tuple("AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split())
+# What an evaluation writes. results.json is the last, so it marks a finished one.
+FILES = ("detections.json", "curves.npz", "analysis.json", "detections.npy", "results.json")
 
 
 class Scores(NamedTuple):
@@ -58,6 +62,28 @@ class Analysis(NamedTuple):
     errors: dict[str, dict[str, float]]
     confidence: float
     curves: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of an evaluation, on rank 0.
+
+    Attributes:
+        metrics: COCO's twelve numbers by name; with `--val-loss` also "val_loss", and "val_" with
+            the name of each part.
+        table: the twelve as COCO prints them.
+        detections: `[D, 7]`, as `CocoEvaluator.gather` returns them.
+        analysis: what lies behind the numbers. Images without annotations have none, and neither
+            metrics nor a table.
+        speed: images per second of the whole evaluation and of the model alone, of all processes,
+            and the share of the time that scoring took.
+    """
+
+    metrics: dict[str, float]
+    table: str
+    detections: np.ndarray
+    analysis: Analysis | None
+    speed: dict[str, float]
 
 
 class CocoEvaluator:
@@ -288,13 +314,53 @@ def error_line(analysis: Analysis) -> str:
     return "AP50 lost to errors (TIDE): " + "  ".join(parts)
 
 
-def write_analysis(analysis: Analysis, folder: Path, extra: Mapping[str, Any]) -> None:
-    """Write `analysis.json`, with `extra` in it, and the arrays as `curves.npz`."""
-    content = {**analysis._asdict(), **extra}
-    curves = io.BytesIO()
+def log_results(results: Results, num_images: int) -> None:
+    """Log the numbers and the tables; images without annotations have none."""
+    losses = {name: value for name, value in results.metrics.items() if name not in METRICS}
+    numbers = "  ".join(f"{k} {v:.3g}" for k, v in (results.speed | losses).items())
+    if results.analysis is None:
+        text = "%d detections on %d images, which have no annotations to score them by: %s"
+        logger.info(text, len(results.detections), num_images, numbers)
+        return
+    logger.info("evaluated %d images: %s\n%s", num_images, numbers, results.table)
+    classes = class_table(results.analysis.per_class)
+    logger.info("by class, best first:\n%s\n%s", classes, error_line(results.analysis))
+    if results.metrics["AP"] < 0:
+        logger.warning("no box is annotated on the validation images, so AP is -1")
+
+
+def write_results(
+    results: Results,
+    evaluator: CocoEvaluator,
+    folder: Path | None,
+    save_detections: bool,
+    about: Mapping[str, Any],
+) -> None:
+    """Write the files of an evaluation, `FILES`, to `folder`, in place of those of an earlier one.
+
+    Args:
+        folder: None writes the detections only, to the working folder, if they are to be saved.
+        about: what `analysis.json` says besides.
+    """
+    if folder is not None:
+        with file_errors("create", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in reversed(FILES):
+                (folder / name).unlink(missing_ok=True)
+    if save_detections:
+        path = (folder or Path()) / "detections.json"
+        evaluator.write_results(results.detections, path)
+        logger.info("detections written to %s", path)
+    if folder is None or results.analysis is None:
+        return
+    content = {**results.analysis._asdict(), "speed": results.speed, **about}
+    curves, detections = io.BytesIO(), io.BytesIO()
     np.savez_compressed(curves, allow_pickle=False, **content.pop("curves"))
+    np.save(detections, results.detections, allow_pickle=False)
     replace_file(folder / "curves.npz", curves.getvalue())
     replace_file(folder / "analysis.json", json.dumps(content, indent=1) + "\n")
+    replace_file(folder / "detections.npy", detections.getvalue())
+    replace_file(folder / "results.json", json.dumps(results.metrics, indent=2) + "\n")
 
 
 def _with_hotcoco(
@@ -378,3 +444,54 @@ def _receive_rows(rows: np.ndarray, processes: Processes) -> np.ndarray:
         dist.recv(part, src=rank, group=group)
         parts.append(part.numpy())
     return np.concatenate(parts)
+
+
+class ImageLosses:
+    """The losses of each image by itself, as some detectors divide by the boxes of a whole batch.
+
+    Layers stay in evaluation mode, so that neither weights nor batch statistics change. Faster
+    R-CNN, which samples boxes, samples from the same random numbers for each image.
+    """
+
+    def __init__(self, model: nn.Module, evaluator: CocoEvaluator) -> None:
+        self.model, self.evaluator = model, evaluator
+        self.names: list[str] = []
+        self.rows: list[np.ndarray] = []  # [n, 1 + L]: rank of the image's id, losses
+        # Only these ask `training` what to return; what lies below them does not see it.
+        stages = [part for name, part in model.named_children() if name in ("rpn", "roi_heads")]
+        self.stages = [model, *stages]
+
+    # Out of inference mode: what the model keeps from here, as anchors, must be fit to train with.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(
+        self, image_ids: list[int], images: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> None:
+        """Take the losses of images on the device, with one copy to the host."""
+        device = images[0].device
+        values = []
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for stage in self.stages:
+                stage.training = True
+            for image, target in zip(images, targets, strict=True):
+                torch.manual_seed(0)
+                losses = self.model([image], [target])
+                self.names = list(losses)
+                values.append(torch.stack([loss.float() for loss in losses.values()]))
+            for stage in self.stages:
+                stage.training = False
+        ranks = np.searchsorted(self.evaluator.sorted_ids, image_ids)
+        self.rows.append(np.column_stack([ranks, torch.stack(values).cpu().numpy()]))
+
+    def gather(self, processes: Processes) -> dict[str, float]:
+        """Return the means over the images of all processes on rank 0, by name."""
+        own = np.concatenate(self.rows or [np.empty((0, 1))])
+        rows = gather_rows(own, processes)
+        if rows is None:
+            return {}
+        self.evaluator.require_finite(rows, "losses")
+        # fsum rounds once, so that the order of the images cannot matter.
+        means = [math.fsum(column) / len(rows) for column in rows[:, 1:].T.tolist()]
+        by_name = dict(zip(self.names, means, strict=True))
+        loss = math.fsum(mean for name, mean in by_name.items() if not name.startswith(LOGGED))
+        return {"val_loss": loss} | {f"val_{name}": mean for name, mean in by_name.items()}

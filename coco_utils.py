@@ -9,6 +9,7 @@ references/detection/coco_utils.py.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,3 +237,22 @@ class WithEntries:
     def __iter__(self) -> Iterator[list[tuple[int, int, Entry]]]:
         for batch in self.batches:
             yield [(epoch, index, self.data.entry(index)) for epoch, index in batch]
+
+
+def with_classes(
+    annotations: Annotations, label_map: Sequence[dict[str, Any]] | None
+) -> Annotations:
+    """Return `annotations`, with the classes of a checkpoint if they name none.
+
+    Raises:
+        UserError: if the checkpoint names none either.
+    """
+    if annotations.categories:
+        return annotations
+    if not label_map:
+        raise UserError(
+            f"{annotations.path} has no categories; add them, or give by --resume a checkpoint of "
+            "train.py, which knows its classes"
+        )
+    categories = sorted((category["id"], category["name"]) for category in label_map)
+    return dataclasses.replace(annotations, categories=tuple(categories))

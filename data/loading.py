@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-import utils
+from data.worker_processes import LOADER_TIMEOUT, ignore_stop_signals
 
 WORKER_CHECK = 5.0  # seconds without a batch before dead loader workers are looked for
 
@@ -30,7 +30,7 @@ class _PatientLoader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                is_late = time.monotonic() - asked > utils.LOADER_TIMEOUT
+                is_late = time.monotonic() - asked > LOADER_TIMEOUT
                 if is_late or "DataLoader timed out" not in str(error):
                     raise
                 continue
@@ -42,7 +42,7 @@ def make_loader(
     dataset: Any, batches: Any, workers: int, device: torch.device, keep: bool
 ) -> DataLoader:
     """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
-    # Once a loader is used; `progress.worker_warnings` has better words for it.
+    # Once a loader is used; `worker_warnings` has better words for it.
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return _PatientLoader(
         dataset.for_workers(),
@@ -52,7 +52,7 @@ def make_loader(
         pin_memory=device.type == "cuda",
         timeout=WORKER_CHECK if workers else 0,
         persistent_workers=keep and workers > 0,
-        worker_init_fn=utils.ignore_stop_signals,
+        worker_init_fn=ignore_stop_signals,
         multiprocessing_context="forkserver" if workers else None,
         generator=torch.Generator(),  # else it would draw from the main process's random numbers
     )

@@ -10,8 +10,6 @@ from data import cache as data_cache
 from data import coco_json, formats, locate, shapes
 from utils import UserError, logger
 
-PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
-
 
 def data_paths(
     dataset: str, folder: Path | None, overrides: dict[str, Path | None]

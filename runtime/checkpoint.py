@@ -240,7 +240,7 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"--resume {path}: holds a {type(content).__name__}, not a checkpoint")
     if isinstance(content.get("args"), argparse.Namespace):
         content["args"] = vars(content["args"])
-    _require_kinds(content, path, ("args", "categories"))  # which are read before all others
+    require_kinds(content, path, ("args", "categories"))  # which are read before all others
     return content
 
 
@@ -248,7 +248,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Return whether `value` is an int or a float, and no bool."""
     return type(value) in (int, float)
 
 
@@ -287,7 +288,7 @@ def _is_args(value: Any) -> bool:
 
 
 # By name: whether a value has the right layout, and the words for that.
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_are_tensors, "tensors by name"),
     "ema": (lambda v: v is None or _are_tensors(v), "tensors by name, or None"),
     "optimizer": (_is_optimizer, "the state of an optimizer"),
@@ -296,165 +297,23 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a whole number of at least 0"),
     "position": (_is_count, "a whole number of at least 0"),
     "window": (
-        lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
+        lambda v: isinstance(v, dict) and all(map(is_number, v.values())),
         "numbers by name",
     ),
-    "best": (lambda v: v is None or _is_number(v), "a number, or None"),
+    "best": (lambda v: v is None or is_number(v), "a number, or None"),
     "args": (_is_args, "flags by name"),
     "categories": (_are_classes, "a list of classes with id, name and label"),
 }
 
 
-def _require_kinds(content: Mapping[str, Any], path: Path, names: Collection[str]) -> None:
+def require_kinds(content: Mapping[str, Any], path: Path, names: Collection[str]) -> None:
     """Raise UserError if one of the parts `names` is of another kind than train.py writes."""
     for name in names:
-        fits, words = _KINDS[name]
+        fits, words = KINDS[name]
         if name in content and not fits(content[name]):
             raise UserError(
                 f"--resume {path}: damaged, its {name!r} is not {words}; take another checkpoint"
             )
-
-
-def require_fitting(
-    saved: Mapping[str, Any],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    source: Path,
-) -> None:
-    """Raise UserError unless a checkpoint has all that a run of this model continues from.
-
-    The message names what is missing, or the first tensors that differ.
-    """
-    missing = [name for name in _KINDS if name not in saved and name != "categories"]
-    problem = f"it lacks {', '.join(missing)}" if missing else ""
-    weights = model.state_dict()
-    for name in ("model", "ema"):
-        if not problem and saved[name]:
-            problem = _difference(saved[name], weights, name)
-    problem = problem or _optimizer_difference(saved["optimizer"], optimizer)
-    if not problem and scaler.is_enabled():
-        names = [name for name in scaler.state_dict() if not _is_number(saved["scaler"].get(name))]
-        problem = f"its 'scaler' lacks {', '.join(names)}" if names else ""
-    if problem:
-        raise UserError(
-            f"--resume {source} does not fit this run: {problem}; take another checkpoint, or "
-            "begin from its weights with --weights"
-        )
-
-
-def _difference(
-    saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], part: str
-) -> str:
-    """Return how the tensors differ in name or shape, the first three; empty if they do not."""
-    differing = [f"{name} is missing" for name in expected if name not in saved]
-    differing += [f"{name} is unknown" for name in saved if name not in expected]
-    differing += [
-        f"{name} has the shape {list(saved[name].shape)}, not {list(value.shape)}"
-        for name, value in expected.items()
-        if name in saved and saved[name].shape != value.shape
-    ]
-    if not differing:
-        return ""
-    return f"of its {part!r}, {len(differing)} tensors differ: {', '.join(differing[:3])}"
-
-
-def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:
-    """Return how the state of an optimizer does not fit this one; empty if it does."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
-    if sizes != saved_sizes:
-        return f"its 'optimizer' is for {saved_sizes} parameters by group, not {sizes}"
-    is_adam = isinstance(optimizer, torch.optim.AdamW)
-    needed = {"lr", "weight_decay", *(("betas", "eps") if is_adam else ("momentum",))}
-    for group in saved["param_groups"]:
-        if not needed <= group.keys():
-            return f"its 'optimizer' lacks {', '.join(sorted(needed - group.keys()))}"
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
-    for number, parameter in zip(numbers, parameters, strict=True):
-        state = {k: v for k, v in saved["state"].get(number, {}).items() if v is not None}
-        if state and state.keys() != names:
-            return f"its 'optimizer' holds {', '.join(map(str, state))}, not {', '.join(names)}"
-        for name, value in state.items():
-            shape = parameter.shape if name != "step" else torch.Size([])
-            if not isinstance(value, torch.Tensor) or value.shape != shape:
-                found = list(value.shape) if isinstance(value, torch.Tensor) else value
-                return f"{name} {number} of its 'optimizer' is {found}, not of shape {list(shape)}"
-    return ""
-
-
-def as_own(
-    saved: dict[str, Any], now: Mapping[str, Any], steps_per_epoch: int, source: Path
-) -> dict[str, Any]:
-    """Return a checkpoint of torchvision's detection scripts as one of train.py, which stay as is.
-
-    Weights, optimizer, epoch and gradient scale are taken over; the order of images is that of
-    train.py, and the schedule goes on at the epoch. `now` describes this run; what torchvision's
-    scripts do not remember, such as a seed, is taken from it.
-
-    Raises:
-        UserError: if it cannot be continued, with what it lacks.
-    """
-    _require_kinds(saved, source, _KINDS)
-    if "step" in saved:
-        return saved
-    missing = [name for name in ("model", "optimizer", "epoch", "args") if name not in saved]
-    if missing:
-        raise UserError(
-            f"--resume {source}: no checkpoint of a run, it lacks {', '.join(missing)}; to begin "
-            "from its weights give it as --weights"
-        )
-    theirs = saved["args"] | {"amp": "fp16" if saved["args"].get("amp") else None}
-    if "weight_decay" in theirs:
-        theirs["wd"] = theirs["weight_decay"]
-    # They put normalisation first, train.py last; and do not know of fused steps.
-    groups = [group | {"fused": True} for group in reversed(saved["optimizer"]["param_groups"])]
-    epoch = saved["epoch"] + 1
-    logger.info("%s is of torchvision's scripts: going on at epoch %d", source, epoch)
-    return {
-        **{"model": saved["model"], "ema": None, "scaler": saved.get("scaler", {})},
-        "optimizer": saved["optimizer"] | {"param_groups": groups},
-        **{"epoch": epoch, "step": epoch * steps_per_epoch, "position": 0},
-        **{"window": {}, "best": None},
-        "args": {name: theirs.get(name, value) for name, value in now.items()},
-    }
-
-
-def check_same_run(
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    may_change: Collection[str],
-    source: Path,
-    defaults: Mapping[str, Any] | None = None,
-    explained: Mapping[str, Callable[[], str]] | None = None,
-) -> None:
-    """Raise UserError, listing old → new, unless a checkpoint continues the run described `now`.
-
-    Settings in `may_change`, such as another learning rate, are allowed and logged.
-
-    Args:
-        defaults: what a setting was in a checkpoint that does not know it; without one it counts
-            as unchanged.
-        explained: what says how a setting changed, where its two values would say nothing.
-    """
-    defaults, explained = defaults or {}, explained or {}
-    old = {name: saved.get(name, defaults.get(name, value)) for name, value in now.items()}
-    differing = [name for name in now if old[name] != now[name]]
-    changes = [
-        explained[name]() if name in explained else f"{name}: {old[name]} → {now[name]}"
-        for name in differing
-    ]
-    refused = [c for name, c in zip(differing, changes, strict=True) if name not in may_change]
-    if refused:
-        raise UserError(
-            f"--resume {source} is a run with other settings: {'; '.join(refused)}; give the old "
-            "ones, or start again in another --output-dir (with --weights to begin from its "
-            "weights)"
-        )
-    for change in changes:
-        logger.warning("resuming with another %s", change)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -48,15 +48,20 @@ class ArgumentParser(argparse.ArgumentParser):
         """Raise a UserError in place of printing a page of usage."""
         raise UserError(f"{message} (--help lists all flags)")
 
-    def group(self, title: str, on_resume: str = IGNORE) -> Callable[..., None]:
-        """Return the function that declares a flag of a group: `add_argument`, and two arguments.
+    def group(
+        self, title: str, on_resume: str = IGNORE, remember: bool = False
+    ) -> Callable[..., None]:
+        """Return the function that declares a flag of a group.
 
-        These are `on_resume`, of which the group's is the default, and `remember`.
+        It takes what `add_argument` takes, and `on_resume` and `remember` where a flag differs
+        from its group.
         """
-        group, of_group = self.add_argument_group(title), on_resume
+        group, default, is_remembered = self.add_argument_group(title), on_resume, remember
 
-        def add(*names: str, on_resume: str = of_group, remember: bool = False, **of: Any) -> None:
-            action = group.add_argument(*names, **of)
+        def add(
+            *names: str, on_resume: str = default, remember: bool = is_remembered, **options: Any
+        ) -> None:
+            action = group.add_argument(*names, **options)
             self.groups.setdefault(title, []).append(action)
             self.on_resume[action.dest] = on_resume
             if remember:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils
 from data import shapes
+from data.worker_processes import start_worker_server
 
 ROOT = Path(__file__).parents[1]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
@@ -43,7 +43,7 @@ def bccd() -> Path:
 @pytest.fixture(scope="session")
 def worker_server() -> None:
     """Loader workers start at once; otherwise each imports PyTorch by itself."""
-    utils.start_worker_server("train")
+    start_worker_server("train")
 
 
 def run_script(

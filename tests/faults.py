@@ -32,6 +32,9 @@ from typing import Any
 
 import torch
 
+from runtime.records import read_json_lines
+from runtime.train_state import TrainState
+
 ROOT = Path(__file__).parents[1]
 # 15 images that count: on three ranks an epoch is three steps, and its last one is not full.
 SMALL = (
@@ -129,7 +132,7 @@ def record_and_hurt() -> None:
     injector.reach("start")
     injector.watch_files()
     record = Path(os.environ["RECORD"]) / f"rank{injector.rank}.jsonl"
-    state: list[engine.TrainState] = []
+    state: list[TrainState] = []
     batches: list[dict[str, Any]] = []
     for name, seconds in json.loads(os.environ.get("PATIENCE", "{}")).items():
         is_plain = isinstance(getattr(utils, name), float)
@@ -214,10 +217,11 @@ def _no_warm_up() -> None:
 
 
 def _mortal_workers() -> None:
-    import utils
+
+    from data import loading
 
     signal.pthread_sigmask = lambda how, numbers: set()
-    utils.ignore_stop_signals = _be_mortal
+    loading.ignore_stop_signals = _be_mortal
 
 
 def _be_mortal(worker: int) -> None:
@@ -432,7 +436,6 @@ def _feed(sha: Any, value: Any) -> None:
 
 def gate(folder: Path, record: Path) -> dict[str, str]:
     """Hash a run: model, averages, optimizer, schedule, place, the ordered log, and its records."""
-    import utils
     from runtime import checkpoint
 
     state = checkpoint.load(folder / checkpoint.NEWEST)
@@ -441,7 +444,7 @@ def gate(folder: Path, record: Path) -> dict[str, str]:
     schedule = state["lr_scheduler"]
     hashes["schedule"] = digest([schedule["last_epoch"], schedule["_last_lr"]])
     hashes["log"] = digest(training_log(record, state["step"]))
-    records = utils.read_json_lines(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     steps = [r["step"] for r in records if "loss" in r]
     assert steps == list(range(1, state["step"] + 1)), steps
     kept = [{k: v for k, v in r.items() if k not in WITHOUT_PROMISE} for r in records]

@@ -27,6 +27,7 @@ import train
 from data import coco_json, locate
 from data.splits import data_paths, read_splits
 from runtime import checkpoint
+from runtime.options import parse_args
 from tools import anchor_fit, check_data, visualize
 from utils import UserError
 
@@ -632,7 +633,7 @@ def test_every_command_refuses_a_set_without_boxes_or_says_so(
     tiny = ["--data-path", str(root), *TINY, "--output-dir", str(tmp_path / "run")]
     error = REFUSED[case][1][0]
     for command in (
-        lambda: train.main(train.parse_args(tiny)),
+        lambda: train.main(parse_args(tiny)),
         lambda: visualize.draw_batch([*tiny, "--picture", str(tmp_path / "batch.jpg")]),
     ):
         with pytest.raises(UserError, match=re.escape(error)):
@@ -652,7 +653,7 @@ def test_keep_empty_trains_without_boxes(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", no_annotations)
     run = tmp_path / "run"
     tiny = ["--data-path", str(root), *TINY, "--output-dir", str(run), "--epochs", "1"]
-    train.main(train.parse_args([*tiny, "--keep-empty", "--eval-every", "0"]))
+    train.main(parse_args([*tiny, "--keep-empty", "--eval-every", "0"]))
     assert checkpoint.load(run / "checkpoint.pth")["epoch"] == 1
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from runtime import checkpoint
+from runtime import checkpoint, resuming
 from runtime.checkpoint import NEWEST, PREVIOUS
 from utils import UserError
 
@@ -830,16 +830,16 @@ def test_a_reader_of_a_file_that_is_being_replaced_never_finds_it_damaged(tmp_pa
 
 def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(warnings: list[str]) -> None:
     now, defaults = {"lr": 0.1, "loss": "focal"}, {"loss": "focal"}
-    checkpoint.check_same_run({"lr": 0.1}, now, (), Path("c.pth"), defaults)
+    resuming.check_same_run({"lr": 0.1}, now, (), Path("c.pth"), defaults)
     assert warnings == []
     with pytest.raises(UserError, match="loss: focal → other"):
-        checkpoint.check_same_run({"lr": 0.1}, now | {"loss": "other"}, (), Path("c.pth"), defaults)
+        resuming.check_same_run({"lr": 0.1}, now | {"loss": "other"}, (), Path("c.pth"), defaults)
 
 
 def test_changed_data_is_named_in_words_and_not_by_its_hash() -> None:
     told = {"data": lambda: "training data: images 3 → 2"}
     with pytest.raises(UserError, match="training data: images 3 → 2; give the old") as error:
-        checkpoint.check_same_run(
+        resuming.check_same_run(
             {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=told
         )
     assert "a" * 64 not in str(error.value) and "b" * 64 not in str(error.value)
@@ -874,7 +874,7 @@ def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tu
 def test_a_checkpoint_of_the_same_run_fits(tmp_path: Path, opt: str, fp16: bool) -> None:
     state, parts = _run_state(opt, fp16)
     torch.save(state, tmp_path / "a.pth")
-    checkpoint.require_fitting(checkpoint.load(tmp_path / "a.pth"), *parts, tmp_path / "a.pth")
+    resuming.require_fitting(checkpoint.load(tmp_path / "a.pth"), *parts, tmp_path / "a.pth")
 
 
 def _change(**parts: Any) -> Callable[[dict[str, Any]], None]:
@@ -930,12 +930,12 @@ def test_a_checkpoint_of_wrong_structure_is_refused_with_its_name(
     path = tmp_path / "wrong.pth"
     torch.save(state, path)
     with pytest.raises(UserError, match=message) as raised:
-        saved = checkpoint.as_own(checkpoint.load(path), {}, 1, path)
-        checkpoint.require_fitting(saved, *parts, path)
+        saved = resuming.from_torchvision(checkpoint.load(path), {}, 1, path)
+        resuming.require_fitting(saved, *parts, path)
     assert str(path) in str(raised.value)
 
 
 def test_a_checkpoint_without_the_gradient_scale_does_not_fit_fp16(tmp_path: Path) -> None:
     state, _ = _run_state()
     with pytest.raises(UserError, match="'scaler' lacks scale, growth_factor"):
-        checkpoint.require_fitting(state, *_run_state(fp16=True)[1], tmp_path / "a.pth")
+        resuming.require_fitting(state, *_run_state(fp16=True)[1], tmp_path / "a.pth")

@@ -28,7 +28,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores, class_table, error_line
-from utils import Processes, UserError
+from runtime.distributed import Processes
+from utils import UserError
 
 CPU = torch.device("cpu")
 IDS = (0, 1, 2, 9, 500, 2**31, 2**53, 2**53 + 1, 2**63 - 2, 2**63 - 1)

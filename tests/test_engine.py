@@ -23,7 +23,9 @@ import engine
 import utils
 from models import build as model_module
 from models.build import build_model, make_ema, mixed_precision
+from runtime.distributed import Processes
 from runtime.optimization import build_optimizer
+from runtime.train_state import MIN_SCALE, TrainState
 from utils import UserError
 
 LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
@@ -61,7 +63,7 @@ def make_state(
     momentum: float = 0.9,
     wd: float = 1e-4,
     from_scratch: bool = False,
-) -> engine.TrainState:
+) -> TrainState:
     """Return a RetinaNet with frozen batch normalisation, as in the recipe, and plain SGD.
 
     Args:
@@ -82,11 +84,11 @@ def make_state(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    return engine.TrainState(model, optimizer, scheduler, scaler, make_ema(model, ema_decay))
+    return TrainState(model, optimizer, scheduler, scaler, make_ema(model, ema_decay))
 
 
 def run(
-    state: engine.TrainState,
+    state: TrainState,
     batches: list[Batch],
     per_step: int = 1,
     amp_dtype: torch.dtype | None = None,
@@ -103,7 +105,7 @@ def run(
         state.model,
         state,
         batches,
-        utils.Processes(torch.device("cpu")),
+        Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=per_step,
         weight=lambda position: 1 / per_step,
@@ -246,9 +248,7 @@ def test_what_is_not_finite_is_first_put_down_to_the_likeliest_cause(
     assert re.search(f"Most likely {first}.*Only then check the boxes", text), text
 
 
-def epoch(
-    state: engine.TrainState, batches: list[Batch], **options: Any
-) -> list[dict[str, float] | None]:
+def epoch(state: TrainState, batches: list[Batch], **options: Any) -> list[dict[str, float] | None]:
     """Train on `batches`; return what `after_step` got of each step."""
     lines: list[dict[str, float] | None] = []
     options = {"weight": lambda position: 1.0, "batches_per_step": 1, "print_freq": 100} | options
@@ -257,19 +257,19 @@ def epoch(
         lines.append(line)
         return stop
 
-    processes = utils.Processes(torch.device("cpu"))
+    processes = Processes(torch.device("cpu"))
     options = {"after_step": after_step, **options}
     engine.train_one_epoch(state.model, state, batches, processes, seed=0, **options)
     return lines
 
 
-def overflow_at(state: engine.TrainState, *steps: int) -> None:
+def overflow_at(state: TrainState, *steps: int) -> None:
     """Make gradients overflow at these optimizer steps, counted from 1, under a finite loss."""
     weight = state.model.head.classification_head.cls_logits.weight
     weight.register_hook(lambda grad: grad * (math.inf if state.step + 1 in steps else 1.0))
 
 
-def everything_of(state: engine.TrainState) -> dict[str, torch.Tensor]:
+def everything_of(state: TrainState) -> dict[str, torch.Tensor]:
     """Return copies of weights, averages, batch statistics and optimizer state, by name."""
     own = state._state_dict()
     tensors = {**own["model"], **{f"ema.{k}": v for k, v in (own["ema"] or {}).items()}}
@@ -417,7 +417,7 @@ def test_a_stop_is_honoured_between_two_steps(tmp_path: Path) -> None:
         state.model,
         state,
         make_batches(4, size=1),
-        utils.Processes(torch.device("cpu")),
+        Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
         weight=lambda position: 1.0,
@@ -478,7 +478,7 @@ def test_a_first_step_that_fp16_skips_leaves_no_trace(tmp_path: Path, opt: str) 
 
 
 def test_fp16_stops_where_no_scale_helps(tmp_path: Path) -> None:
-    state, batches = make_state(tmp_path, scale=3 * engine.MIN_SCALE), make_batches(3, size=1)
+    state, batches = make_state(tmp_path, scale=3 * MIN_SCALE), make_batches(3, size=1)
     overflow_at(state, 1, 2, 3)
     with pytest.raises(UserError, match="gradients of step 2 .* Most likely a value overflowed"):
         epoch(state, batches, amp_dtype=torch.float16)
@@ -544,12 +544,12 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = engine.TrainState(model, optimizer, scheduler, scaler)
+    state = TrainState(model, optimizer, scheduler, scaler)
     engine.train_one_epoch(
         wrapped,
         state,
         own,
-        utils.Processes(torch.device("cpu"), rank, world_size),
+        Processes(torch.device("cpu"), rank, world_size),
         seed=0,
         batches_per_step=world_size,
         weight=weight.__getitem__,
@@ -619,7 +619,7 @@ def test_a_resume_with_another_memory_format_updates_every_weight_alike(
 ) -> None:
     formats = (torch.contiguous_format, torch.channels_last)
 
-    def state_in(memory_format: torch.memory_format) -> engine.TrainState:
+    def state_in(memory_format: torch.memory_format) -> TrainState:
         state = make_state(tmp_path, ema_decay=0.9)
         state.model.to(memory_format=memory_format)
         state.optimizer = build_optimizer(
@@ -629,7 +629,7 @@ def test_a_resume_with_another_memory_format_updates_every_weight_alike(
         state.ema = make_ema(state.model, 0.9)
         return state
 
-    def step(state: engine.TrainState, seed: int) -> None:
+    def step(state: TrainState, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in state.model.parameters():
             if parameter.requires_grad:

@@ -34,9 +34,11 @@ from data.loading import collate
 from data.splits import read_splits
 from group_by_aspect_ratio import same_size_batches
 from models.build import build_model, load_detector, load_trained, mixed_precision, padded_sizes
-from runtime import checkpoint
+from runtime import checkpoint, distributed
 from runtime import run_folder as run_module
-from utils import Processes, UserError
+from runtime.distributed import PeerError, Processes, join_process_group
+from runtime.options import check_flags, parse_args
+from utils import UserError
 
 CPU = Processes(torch.device("cpu"))
 DETECTORS = {  # of every kind that the project builds the smallest
@@ -242,7 +244,7 @@ def test_post_processing_is_remembered_for_the_test(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"args": {"score_thresh": 0.3, "topk_candidates": 77, "nms_thresh": None}}, path)
     flags = ["--test-only", "--resume", str(path)]
-    args = train.parse_args([*flags, "--topk-candidates", "9"])
+    args = parse_args([*flags, "--topk-candidates", "9"])
     assert (args.score_thresh, args.topk_candidates, args.nms_thresh) == (0.3, 9, None)
 
 
@@ -258,7 +260,7 @@ def test_post_processing_is_remembered_for_the_test(tmp_path: Path) -> None:
 )
 def test_impossible_post_processing_is_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        train.check_flags(train.parse_args(["--data-path", ".", *flags]))
+        check_flags(parse_args(["--data-path", ".", *flags]))
 
 
 # --- the best -------------------------------------------------------------------------------------
@@ -322,8 +324,8 @@ class _Slow:
 def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    utils.STEP_TIMEOUT = datetime.timedelta(seconds=2)
-    utils.MEETING_EVERY = 0.2
+    distributed.STEP_TIMEOUT = datetime.timedelta(seconds=2)
+    distributed.MEETING_EVERY = 0.2
     batches = [collate([data[0, i]]) for i in range(len(data))]
     share = batches[:1] if rank == 0 else batches[1:]  # rank 0 has less to do
     asked: list[int] = []
@@ -333,7 +335,7 @@ def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder
     elif case == "hang" and rank == 1:
         at[1] = lambda: time.sleep(60)
     model = build(data)
-    with utils.processes("cpu") as processes:
+    with join_process_group("cpu") as processes:
         evaluator = CocoEvaluator(data.annotations, data.label_map)
         start = time.monotonic()
         try:
@@ -341,7 +343,7 @@ def _evaluate_share(rank: int, port: int, data: CocoDetection, case: str, folder
                 model, _Slow(share, 0.5, at), evaluator, processes, should_stop=lambda: bool(asked)
             )
             seen = ["finished" if finished else "stopped", result is not None]
-        except utils.PeerError as error:
+        except PeerError as error:
             seen = [str(error), False]
         seconds = time.monotonic() - start
         (folder / f"{rank}.json").write_text(json.dumps([*seen, seconds]))
@@ -401,7 +403,7 @@ def test_only(capsys: pytest.CaptureFixture[str]) -> Iterator[Test]:
     log = (utils.logger.handlers, utils.logger.propagate, utils.logger.level)
 
     def run(*flags: str | Path) -> str:
-        train.main(train.parse_args(["--test-only", *SMALL, *map(str, flags)]))
+        train.main(parse_args(["--test-only", *SMALL, *map(str, flags)]))
         return capsys.readouterr().out
 
     yield run
@@ -457,12 +459,12 @@ def test_auto_without_a_folder_is_that_of_the_model(
     monkeypatch.chdir(tmp_path)
     save_run(tmp_path / "runs" / "retinanet_resnet18_fpn", data, build(data))
     auto = ["--test-only", "--resume", "auto"]
-    args = train.parse_args([*auto, "--model", "retinanet_resnet18_fpn"])
+    args = parse_args([*auto, "--model", "retinanet_resnet18_fpn"])
     assert args.resume == "runs/retinanet_resnet18_fpn/checkpoint.pth"
     assert (args.min_size, args.data_path) == (64, data.root.parent)
     for flags in ([], ["--weights", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"]):
         with pytest.raises(UserError, match="auto: no checkpoint in runs/retinanet_resnet50_fpn;"):
-            train.parse_args([*auto, *flags])
+            parse_args([*auto, *flags])
 
 
 @pytest.mark.parametrize("content", [{}, {"step": 3}, {"model": {}}], ids=["empty", "step", "none"])

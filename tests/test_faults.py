@@ -31,8 +31,8 @@ from faults import (
 )
 from test_checkpoint import flip_a_bit, sidecar, write_malice
 
-import utils
 from runtime import checkpoint
+from runtime.records import read_json_lines
 
 pytestmark = pytest.mark.faults
 smoke = pytest.mark.smoke
@@ -545,7 +545,7 @@ def test_14_other_numbers_of_processes_train_on_the_same(make_runs: MakeRuns) ->
     seen = [samples_by_step(runs.record) for runs in (whole, changing)]
     assert len(seen[0]) == 6 and seen[0] == seen[1]
     losses = [
-        [record["loss"] for record in utils.read_json_lines(runs.folder / "metrics.jsonl")]
+        [record["loss"] for record in read_json_lines(runs.folder / "metrics.jsonl")]
         for runs in (whole, changing)
     ]
     assert losses[1][:2] == pytest.approx(losses[0][:2], rel=1e-6)
@@ -627,7 +627,7 @@ def test_17_lines_of_the_log_cover_steps_on_both_sides_of_a_stop(make_runs: Make
         stopped.run("--accumulate-steps", "2", "--max-steps", stop)
     found = []
     for runs in (whole, stopped):
-        records = utils.read_json_lines(runs.folder / "metrics.jsonl")
+        records = read_json_lines(runs.folder / "metrics.jsonl")
         assert [r["step"] for r in records if "loss" in r] == [2, 4]
         found.append([{k: r.get(k) for k in ("step", "loss", "lr", "AP")} for r in records])
     assert found[0] == found[1]

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train as train_script
-from data.splits import PATHS
 from runtime import checkpoint
 from runtime.flags import (
     IGNORE,
@@ -31,6 +30,7 @@ from runtime.flags import (
     non_negative,
     positive,
 )
+from runtime.options import PATHS
 from tools import check_data, predict
 from utils import UserError
 

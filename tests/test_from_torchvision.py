@@ -22,10 +22,10 @@ from conftest import run_script
 from torchvision.models import detection
 
 import train as train_script
-import utils
 from models import build as model_module
 from models.build import read_weights
-from runtime import checkpoint
+from runtime import checkpoint, resuming
+from runtime.records import read_json_lines
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_theirs_is_continued_with_weights_and_optimizer(
     norms = () if norm_wd is None else ("--norm-weight-decay", str(norm_wd), "--wd", "0.05")
     flags = ("--epochs", "6", "--eval-every", "0", "--max-steps", "33", "--opt", opt, *norms)
     train("--resume", tmp_path / "model_3.pth", "--output-dir", tmp_path / "run", *flags)
-    steps = [r["step"] for r in utils.read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    steps = [r["step"] for r in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [33]  # after four epochs of eight
     ours = checkpoint.load(tmp_path / "run" / "checkpoint.pth")
     assert (ours["epoch"], ours["step"], ours["position"]) == (4, 33, 1)
@@ -167,13 +167,13 @@ def test_theirs_with_other_settings_is_refused_and_what_is_no_run_said(tmp_path:
     path = tmp_path / "model_3.pth"
     of_theirs(path, batch_size=4, amp=True)
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
-    own = checkpoint.as_own(checkpoint.load(path), now, 8, path)
+    own = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
     with pytest.raises(UserError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
-        checkpoint.check_same_run(own["args"], now, ["lr"], path)
+        resuming.check_same_run(own["args"], now, ["lr"], path)
     weights = checkpoint.load(path)["model"]
     with pytest.raises(UserError, match="lacks model, optimizer, epoch, args; .*--weights"):
-        checkpoint.as_own(weights, now, 8, path)
-    assert checkpoint.as_own(own, now, 8, path) is own
+        resuming.from_torchvision(weights, now, 8, path)
+    assert resuming.from_torchvision(own, now, 8, path) is own
 
 
 def test_theirs_gives_weights_and_a_backbone(tmp_path: Path) -> None:

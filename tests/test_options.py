@@ -21,8 +21,8 @@ from torchvision.ops._utils import split_normalization_params
 
 import engine
 import train as train_script
-import utils
 from models.build import build_model
+from runtime.distributed import Processes
 from runtime.optimization import build_optimizer, lr_factor
 from utils import UserError
 
@@ -68,7 +68,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path, larg
         state.model,
         state,
         make_batches(1, size=1),
-        utils.Processes(torch.device("cpu")),
+        Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
         weight=lambda position: 1.0,
@@ -90,7 +90,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path: Path) -> N
         state.model,
         state,
         make_batches(2, size=1),
-        utils.Processes(torch.device("cpu")),
+        Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
         weight=lambda position: 1.0,

@@ -17,8 +17,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runtime import progress
 from runtime.progress import Progress
+from runtime.summary import (
+    describe_weights,
+    precision_warnings,
+    rate_warnings,
+    scratch_warnings,
+    shared_memory_warnings,
+    waiting_warnings,
+    worker_warnings,
+)
 
 Train = Callable[..., Any]
 
@@ -149,7 +157,7 @@ def test_time_left_is_that_of_the_images_left() -> None:
 def test_a_rate_that_does_not_fit_the_batch_is_said(
     opt: str, lr: float, batch: int, is_from_detector: bool, expected: str | None
 ) -> None:
-    found = progress.rate_warnings(opt, lr, batch, is_from_detector)
+    found = rate_warnings(opt, lr, batch, is_from_detector)
     assert len(found) == (expected is not None)
     assert expected is None or expected in found[0] and f"batch of {batch}" in found[0]
 
@@ -159,50 +167,50 @@ def test_sgd_from_scratch_without_clipping_is_warned_of_at_any_batch_size(
     batch: int,
 ) -> None:
     lr = 0.01 * batch / 16
-    assert progress.rate_warnings("sgd", lr, batch, False) == []
+    assert rate_warnings("sgd", lr, batch, False) == []
     for opt in ("sgd", "sgd_nesterov"):
-        (warning,) = progress.scratch_warnings(opt, True, None)
+        (warning,) = scratch_warnings(opt, True, None)
         assert "everything is random" in warning and "--clip-grad-norm 1" in warning
-    assert progress.scratch_warnings("adamw", True, None) == []
-    assert progress.scratch_warnings("sgd", False, None) == []
-    assert progress.scratch_warnings("sgd", True, 1.0) == []
+    assert scratch_warnings("adamw", True, None) == []
+    assert scratch_warnings("sgd", False, None) == []
+    assert scratch_warnings("sgd", True, 1.0) == []
 
 
 def test_the_start_says_which_weights_are_loaded(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal  # SGD from scratch
     assert re.search(r"  weights +none: everything random", text)
     assert text.count("warning: everything is random and sgd does not clip") == 1
-    assert progress.describe_weights("a.pth", "b.pth", 0) == "a.pth, of the detector"
+    assert describe_weights("a.pth", "b.pth", 0) == "a.pth, of the detector"
     backbone = "b.pth, of the backbone; the rest is random"
-    assert progress.describe_weights(None, "b.pth", 0) == backbone
-    assert progress.describe_weights(None, "b.pth", 7) == f"of step 7; at the start {backbone}"
+    assert describe_weights(None, "b.pth", 0) == backbone
+    assert describe_weights(None, "b.pth", 7) == f"of step 7; at the start {backbone}"
 
 
 def test_more_workers_than_cores_are_said() -> None:
-    assert progress.worker_warnings(4, 8, 32) == []
-    (warning,) = progress.worker_warnings(4, 8, 16)
+    assert worker_warnings(4, 8, 32) == []
+    (warning,) = worker_warnings(4, 8, 16)
     assert "--workers 2 " in warning
-    (warning,) = progress.worker_warnings(4, 8, 4)
+    (warning,) = worker_warnings(4, 8, 4)
     assert "--workers 1 " in warning
 
 
 def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
-    assert progress.waiting_warnings(0.2, 4) == []
-    (warning,) = progress.waiting_warnings(0.5, 4)
+    assert waiting_warnings(0.2, 4) == []
+    (warning,) = waiting_warnings(0.5, 4)
     assert "50%" in warning and "--workers at least 8 " in warning
-    (warning,) = progress.waiting_warnings(0.3, 0)
+    (warning,) = waiting_warnings(0.3, 0)
     assert "--workers as many as there are cores" in warning
 
 
 def test_slow_precision_is_said() -> None:
-    (warning,) = progress.precision_warnings("fp16", torch.device("cpu"))
+    (warning,) = precision_warnings("fp16", torch.device("cpu"))
     assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
-    assert progress.precision_warnings("bf16", torch.device("cpu")) == []
-    assert progress.precision_warnings("fp16", torch.device("cuda")) == []
+    assert precision_warnings("bf16", torch.device("cpu")) == []
+    assert precision_warnings("fp16", torch.device("cuda")) == []
 
 
 def test_too_little_shared_memory_is_said_with_what_to_do() -> None:
-    assert progress.shared_memory_warnings(4, 8, 1_000_000, 96_000_000) == []
-    assert progress.shared_memory_warnings(0, 8, 1_000_000, 0) == []
-    (warning,) = progress.shared_memory_warnings(4, 8, 1_000_000, 64_000_000)
+    assert shared_memory_warnings(4, 8, 1_000_000, 96_000_000) == []
+    assert shared_memory_warnings(0, 8, 1_000_000, 0) == []
+    (warning,) = shared_memory_warnings(4, 8, 1_000_000, 64_000_000)
     assert "64 MB free" in warning and "96 MB" in warning and "--ipc=host" in warning

@@ -14,17 +14,17 @@ import torch
 import torch.multiprocessing as mp
 
 import train as train_script
-import utils
 from data import coco_json
-from runtime import checkpoint
+from runtime import checkpoint, resuming
 from runtime import run_folder as run
+from runtime.distributed import Processes, join_process_group
 from utils import UserError
 
 
 class _Run(run.Run):
     """A run between two steps, with no more than writing needs."""
 
-    def __init__(self, folder: Path, processes: utils.Processes) -> None:
+    def __init__(self, folder: Path, processes: Processes) -> None:
         self.folder, self.processes, self.tensorboard = folder, processes, None
         self.settings = {"max_steps": None, "epochs": 3, "keep_checkpoints": None}
         self.settings |= {"opt": "sgd", "momentum": 0.9}
@@ -48,7 +48,7 @@ def _block(path: Path) -> None:
 def _write_everything(rank: int, world_size: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with utils.processes("cpu") as processes:
+    with join_process_group("cpu") as processes:
         seen = {}
         actions = {
             "metrics": ("metrics.jsonl", lambda r: r._record({"loss": 1.0})),
@@ -89,7 +89,7 @@ def test_a_write_that_fails_on_rank_0_raises_the_same_error_on_all(tmp_path: Pat
 def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = _Run(tmp_path, utils.Processes(torch.device("cpu")))
+    one = _Run(tmp_path, Processes(torch.device("cpu")))
     model = torch.nn.Linear(1000, 1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     one.state.model, one.state.ema = model, None
@@ -121,7 +121,7 @@ def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
 def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_path: Path) -> None:
     checkpoint.save({"step": 3}, tmp_path / checkpoint.NEWEST)
     before = (tmp_path / checkpoint.NEWEST).read_bytes()
-    processes = utils.Processes(torch.device("cpu"))
+    processes = Processes(torch.device("cpu"))
     with contextlib.ExitStack() as stack, pytest.raises(UserError, match="holds a run"):
         run.open_folder(tmp_path, None, False, processes, stack)
     assert (tmp_path / checkpoint.NEWEST).read_bytes() == before
@@ -154,6 +154,6 @@ def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path)
         explained = train_script.data_changes(remembered, new, new)
         now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
         with pytest.raises(UserError) as error:
-            checkpoint.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
+            resuming.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
         assert told in str(error.value) and "another --output-dir" in str(error.value)
         assert not re.search("[0-9a-f]{20}", str(error.value))

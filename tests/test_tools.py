@@ -145,4 +145,4 @@ def test_every_loader_worker_ends_with_its_parent() -> None:
     assert {name for name, _ in loaders} >= {"train.py", "predict.py"}
     for name, call in loaders:
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert given.get("worker_init_fn") == "utils.ignore_stop_signals", name
+        assert given.get("worker_init_fn") == "ignore_stop_signals", name

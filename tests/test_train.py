@@ -33,10 +33,14 @@ import train as train_script
 import utils
 from data import coco_json
 from data.loading import make_loader
+from data.worker_processes import kill_workers, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from models.build import build_model
-from runtime import checkpoint, progress
+from runtime import checkpoint, progress, resuming
+from runtime.distributed import Processes
 from runtime.optimization import build_optimizer, lr_factor
+from runtime.records import read_json_lines
+from runtime.train_state import TrainState
 from utils import UserError
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
@@ -93,10 +97,10 @@ def test_published_command_line_is_what_the_defaults_mean() -> None:
 
 def test_a_step_keeps_its_batches_on_other_numbers_of_processes() -> None:
     of_run = {"args": {"batches_per_step": 8}}
-    assert train_script.batches_per_step(4, 2, {}) == 8
-    assert train_script.batches_per_step(1, 2, of_run) == 8  # not 2
+    assert resuming.batches_per_step(4, 2, {}) == 8
+    assert resuming.batches_per_step(1, 2, of_run) == 8  # not 2
     with pytest.raises(UserError, match=r"8 batches .* 3 processes .* can: 1, 2, 4, 8 \("):
-        train_script.batches_per_step(1, 3, of_run)
+        resuming.batches_per_step(1, 3, of_run)
 
 
 def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> torch.nn.Module:
@@ -173,7 +177,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = engine.TrainState(ours, optimizer, scheduler, scaler)
+    state = TrainState(ours, optimizer, scheduler, scaler)
     measured: list[float] = []
     optimizer.register_step_pre_hook(lambda *_: gradients.append(_gradients(ours)))
 
@@ -189,7 +193,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
             ours,
             state,
             loader,
-            utils.Processes(torch.device("cpu")),
+            Processes(torch.device("cpu")),
             seed=0,
             batches_per_step=1,
             weight=sampler.weight,
@@ -255,7 +259,7 @@ def test_a_loader_worker_that_dies_ends_the_run_within_seconds(tiny_shapes: Path
     loader = make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
     start = time.monotonic()
     with pytest.raises(utils.LocalError, match="a loader worker was killed"):
-        with utils.worker_errors():
+        with worker_errors():
             next(iter(loader))
     assert time.monotonic() - start < 15
 
@@ -275,11 +279,11 @@ def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
     loader = make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
     try:
         with pytest.raises(utils.LocalError, match="no loader worker delivered .* for 8 seconds"):
-            with utils.worker_errors():
+            with worker_errors():
                 next(iter(loader))
     finally:
         (worker,) = multiprocessing.active_children()
-        utils.kill_workers()
+        kill_workers()
     worker.join(5)
     assert worker.exitcode == -signal.SIGKILL
 
@@ -328,7 +332,7 @@ def test_a_run_leaves_the_files_that_the_design_lists(finished_run: tuple[Path, 
 
 def test_metrics_are_the_numbers_that_were_printed(finished_run: tuple[Path, str]) -> None:
     folder, printed = finished_run
-    records = utils.read_json_lines(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) == 2 * -(
@@ -359,7 +363,7 @@ def test_evaluation_alone_gives_one_set_of_numbers(
     folder, _ = finished_run
     content = torch.load(folder / "checkpoint.pth", weights_only=True)
     torch.save(content["model"], tmp_path / "plain.pth")
-    expected = [r for r in utils.read_json_lines(folder / "metrics.jsonl") if "AP" in r][-1]
+    expected = [r for r in read_json_lines(folder / "metrics.jsonl") if "AP" in r][-1]
     outputs = []
     for processes in (1, 2, 3):
         out = tmp_path / str(processes)
@@ -390,7 +394,7 @@ def test_resuming_at_the_end_of_an_epoch_equals_a_run_without_a_break(
         assert torch.equal(tensor, resumed["model"][name]), name
     keys = ("step", "epoch", "loss", "AP")
     records = [
-        [{k: r.get(k) for k in keys} for r in utils.read_json_lines(where / "metrics.jsonl")]
+        [{k: r.get(k) for k in keys} for r in read_json_lines(where / "metrics.jsonl")]
         for where in (folder, tmp_path / "run")
     ]
     assert records[0] == records[1]
@@ -416,7 +420,7 @@ def test_another_folder_may_continue_from_a_checkpoint(train: Train, tmp_path: P
     train("--epochs", "1", "--eval-every", "0", "--output-dir", first)
     flags = ("--epochs", "2", "--output-dir", second, "--resume", first / "model_0.pth")
     train(*flags)  # evaluates epoch 0 first, as nobody has
-    assert [r["epoch"] for r in utils.read_json_lines(second / "metrics.jsonl") if "AP" in r] == [
+    assert [r["epoch"] for r in read_json_lines(second / "metrics.jsonl") if "AP" in r] == [
         0,
         1,
     ]

@@ -18,10 +18,11 @@ import coco_utils
 import engine
 import presets
 import train as train_script
-import utils
 from data import cache as data_cache
 from data import image_files
 from data.splits import data_paths
+from data.worker_processes import worker_errors
+from runtime.distributed import join_process_group
 from utils import LocalError, UserError
 
 Start = Callable[..., int]
@@ -132,7 +133,7 @@ def test_a_wrong_launch_is_refused_with_the_variable(
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LocalError, match=named), utils.processes("cpu"):
+    with pytest.raises(LocalError, match=named), join_process_group("cpu"):
         pass
     with pytest.raises(SystemExit) as raised:
         start()
@@ -164,14 +165,14 @@ def test_a_wrong_launch_is_refused_with_the_variable(
     ],
 )
 def test_what_workers_lack_is_said(error: Exception, advice: str) -> None:
-    with pytest.raises(LocalError) as raised, utils.worker_errors():
+    with pytest.raises(LocalError) as raised, worker_errors():
         raise error
     assert advice in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of shared memory"), OSError(5, "I/O")])
 def test_other_errors_pass_as_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as raised, utils.worker_errors():
+    with pytest.raises(type(error)) as raised, worker_errors():
         raise error
     assert raised.value is error
 

@@ -25,15 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import utils
-from utils import (
-    UserError,
-    append_json_line,
-    derive_seed,
-    lock_folder,
-    read_json_lines,
-    replace_file,
-    rewind_json_lines,
-)
+from data.worker_processes import end_with_parent, ignore_stop_signals
+from runtime.distributed import Processes, join_process_group
+from runtime.records import append_json_line, read_json_lines, rewind_json_lines
+from runtime.signals import StopSignal, follow_launcher
+from utils import UserError, derive_seed, lock_folder, replace_file
 
 ROOT = Path(__file__).parents[1]
 HOUSE = {path.stem: path for path in ROOT.glob("*.py")}
@@ -320,7 +316,7 @@ def test_a_file_system_without_locks_is_used_and_that_said(
 
 
 def test_a_single_process_needs_no_group() -> None:
-    alone = utils.Processes(torch.device("cpu"))
+    alone = Processes(torch.device("cpu"))
     assert (
         alone.is_main and alone.broadcast({"a": 1}) == {"a": 1} and alone.sum([1, 2.5]) == [1, 2.5]
     )
@@ -330,7 +326,7 @@ def test_a_single_process_needs_no_group() -> None:
 def _take_part(rank: int, world_size: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with utils.processes("cpu") as processes:
+    with join_process_group("cpu") as processes:
         processes.barrier()
         seen = {
             "rank": processes.rank,
@@ -386,12 +382,12 @@ if rank == "0":
     atexit.register(time.sleep, 1000)  # as NCCL, when Python itself ends the process
 
 def main(args):
-    with utils.processes("cpu"):
+    with join_process_group("cpu"):
         if rank == "0":
             raise ValueError("on rank 0")
 
 train.main = main
-train.parse_args = lambda: None
+parse_args = lambda: None
 train.run_from_command_line()
 """
 
@@ -426,7 +422,7 @@ def old_handlers() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 @pytest.mark.usefixtures("old_handlers")
 def test_a_stop_signal_is_remembered_and_does_nothing_else(name: str) -> None:
-    stop = utils.StopSignal()
+    stop = StopSignal()
     assert not stop() and stop.received is None
     for _ in range(3):
         os.kill(os.getpid(), getattr(signal, name))
@@ -436,7 +432,7 @@ def test_a_stop_signal_is_remembered_and_does_nothing_else(name: str) -> None:
 @pytest.mark.usefixtures("old_handlers")
 def test_sighup_stays_ignored_under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = utils.StopSignal()
+    stop = StopSignal()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not stop()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -445,7 +441,7 @@ def test_sighup_stays_ignored_under_nohup() -> None:
 
 def test_the_first_signal_that_stops_a_run_is_the_one_it_names() -> None:
     def run(writer: int) -> None:
-        stop = utils.StopSignal()
+        stop = StopSignal()
         for number in (signal.SIGHUP, signal.SIGTERM):
             os.kill(os.getpid(), number)
         os.write(writer, str(stop.received).encode())
@@ -483,7 +479,7 @@ def _hang_in_c(writer: int) -> None:
     """Be a run with a loader worker that waits for another process and sees no Python any more."""
     worker = multiprocessing.get_context("fork").Process(target=_worker, daemon=True)
     worker.start()
-    utils.StopSignal()
+    StopSignal()
     os.write(writer, f"{worker.pid}\n".encode())
     mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
     libc.pthread_mutex_lock(mutex)
@@ -491,7 +487,7 @@ def _hang_in_c(writer: int) -> None:
 
 
 def _worker() -> None:
-    utils.ignore_stop_signals(0)
+    ignore_stop_signals(0)
     time.sleep(60)
 
 
@@ -552,7 +548,7 @@ def _after_the_parent_died(trainer: Callable[[int], None]) -> str:
 
 def test_a_loader_worker_dies_with_its_process() -> None:
     def worker(writer: int) -> None:
-        utils.end_with_parent()
+        end_with_parent()
         os.write(writer, b"ready\n")
         time.sleep(60)
         os.write(writer, b"survived")
@@ -565,7 +561,7 @@ def test_a_process_without_torchrun_is_left_alone(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
     def trainer(writer: int) -> None:
-        utils.follow_launcher()
+        follow_launcher()
         os.write(writer, b"ready\n")
         time.sleep(2)
         os.write(writer, b"survived")
@@ -581,8 +577,8 @@ def test_a_process_may_save_when_its_torchrun_dies_but_not_linger(
 
     def trainer(writer: int) -> None:
         os.setsid()  # as torchrun does it
-        stop = utils.StopSignal()
-        utils.follow_launcher()
+        stop = StopSignal()
+        follow_launcher()
         os.write(writer, b"ready\n")
         while not stop():
             time.sleep(0.02)
@@ -599,7 +595,7 @@ def test_a_process_whose_shell_only_handed_on_the_launcher_is_left_alone(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
 
     def trainer(writer: int) -> None:  # in the session of its parent, as every command of a shell
-        utils.follow_launcher()
+        follow_launcher()
         os.write(writer, b"ready\n")
         time.sleep(2)
         os.write(writer, b"survived")
@@ -610,7 +606,7 @@ def test_a_process_whose_shell_only_handed_on_the_launcher_is_left_alone(
 HAND_ON = """
 import os, subprocess, sys
 environment = {**os.environ, **({"TORCHELASTIC_ERROR_FILE": "2"} if sys.argv[1] == "new" else {})}
-child = "import utils; print(utils._is_launched())"
+child = "import utils; print(_is_launched())"
 subprocess.run([sys.executable, "-c", child], env=environment, start_new_session=True, check=True)
 """
 

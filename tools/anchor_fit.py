@@ -11,7 +11,8 @@ boxes or the mean over classes, whichever is lower, as AP is a mean over classes
 from __future__ import annotations
 
 from data import locate
-from data.splits import PATHS, data_paths, read_splits
+from data.splits import data_paths, read_splits
+from runtime.options import PATHS, build_parser, check_flags
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize anchor-fit")
@@ -25,7 +26,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import coco_utils
 import presets
-import train
 from data import coco_json
 from models.build import BatchTransform, build_model, make_anchor_generator
 from utils import UserError
@@ -177,9 +177,9 @@ def flag_text(sizes: Sequence[int], ratios: Sequence[float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the best-possible recall, and better anchors if it is low; flags are train.py's."""
-    parser = train.build_parser()
+    parser = build_parser()
     flags = parser.parse_args(argv)
-    train.check_flags(flags)
+    check_flags(flags)
     if not flags.model.startswith("retinanet"):
         raise UserError(f"--model {flags.model}: anchors are fitted for RetinaNet alone")
     overrides = {name: getattr(flags, name) for name in PATHS}

@@ -9,7 +9,9 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 from __future__ import annotations
 
 from data import image_files, locate
-from data.splits import PATHS, data_paths
+from data.splits import data_paths
+from data.worker_processes import end_with_parent, start_worker_server
+from runtime.options import PATHS
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.check_data")
@@ -121,7 +123,7 @@ _complaints: IO[bytes]
 def _start_worker(root: Path) -> None:
     """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
     global _root, _complaints
-    utils.end_with_parent()
+    end_with_parent()
     _root = root
     _complaints = tempfile.TemporaryFile(buffering=0)
     os.dup2(_complaints.fileno(), 2)
@@ -301,7 +303,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check, print, draw; return the exit status."""
     flags = build_parser().parse_args(argv)
-    utils.start_worker_server("tools.check_data")
+    start_worker_server("tools.check_data")
     overrides = {name: getattr(flags, name) for name in PATHS}
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")

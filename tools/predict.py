@@ -9,6 +9,7 @@ Exits with 1 if an image could not be read or its picture not written; the other
 from __future__ import annotations
 
 from data import image_files
+from data.worker_processes import ignore_stop_signals, start_worker_server
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.predict")
@@ -31,7 +32,6 @@ from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 import engine
-import train
 import utils
 from models.build import load_detector, mixed_precision
 from runtime.flags import between, non_negative, positive
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = build_parser().parse_args(argv)
     paths = find_images(flags.images)
     if flags.workers:
-        utils.start_worker_server("tools.predict")
+        start_worker_server("tools.predict")
     device = torch.device(flags.device or utils.default_device())
     model, label_map = load_detector(flags.checkpoint or flags.weights, device)
     category_of = {category["label"]: category for category in label_map}
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         flags.batch_size,
         num_workers=flags.workers,
         collate_fn=list,
-        worker_init_fn=utils.ignore_stop_signals,  # a worker also ends when this process is killed
+        worker_init_fn=ignore_stop_signals,  # a worker also ends when this process is killed
         multiprocessing_context="forkserver" if flags.workers else None,
     )
     places = picture_paths(paths, flags.output_dir)
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     with utils.file_errors("create", flags.output_dir):
         flags.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with mixed_precision(model, train.AMP_DTYPES.get(flags.amp)), bar:
+        with mixed_precision(model, utils.AMP_DTYPES.get(flags.amp)), bar:
             for number, image, found in detect(model, loader, device):
                 bar.update()
                 if image is None or isinstance(found, str):

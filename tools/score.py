@@ -185,11 +185,9 @@ def score(
         print(f"\nfirst: {detections}, other: {other}")
         print(compare(evaluator, rows, others, resamples, seed))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         about = {"annotations": str(annotations.path.resolve()), "categories": label_map}
-        coco_eval.write_analysis(analysis, output, {"data": about})
-        np.save(output / "detections.npy", rows)
-        (output / "results.json").write_text(json.dumps(scores.metrics, indent=2) + "\n")
+        results = coco_eval.Results(*scores, rows, analysis, {})
+        coco_eval.write_results(results, evaluator, output, False, {"data": about})
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ draws one step of the method on an image and its boxes, as docs/retinanet.md exp
 from __future__ import annotations
 
 from data import image_files, locate
-from data.splits import PATHS, data_paths, read_splits
+from data.loading import make_loader
+from data.splits import data_paths, read_splits
+from runtime.options import PATHS
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize")
@@ -38,11 +40,12 @@ from torchvision.io import write_jpeg
 
 import coco_utils
 import presets
-import train
 import utils
 from data import coco_json
 from docs.explain import pictures as explain_pictures
+from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from models.build import build_model, load_detector
+from runtime import options as train_options
 from runtime.flags import ArgumentParser, non_negative, positive
 from tools import anchor_fit
 from tools.plots import drawing
@@ -80,7 +83,7 @@ def draw_batches(
 
 def build_parser() -> ArgumentParser:
     """Declare the flags: those of train.py, and what is drawn."""
-    parser = train.build_parser()
+    parser = train_options.build_parser()
     add = parser.add_argument_group("picture").add_argument
     add("--picture", type=Path, default=Path("batch.jpg"), help="file to write")
     add("--batches", type=positive(int), default=4, help="batches to draw, one per row")
@@ -98,7 +101,7 @@ def draw_batch(argv: list[str]) -> None:
     """Draw batches as the model sees them, by the flags of `build_parser`."""
     parser = build_parser()
     flags = parser.parse_args(argv)
-    train.check_flags(flags)
+    train_options.check_flags(flags)
     overrides = {name: getattr(flags, name) for name in PATHS}
     paths = data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = read_splits(paths, ["train"])
@@ -110,17 +113,11 @@ def draw_batch(argv: list[str]) -> None:
     data = coco_utils.CocoDetection(
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
-    processes = utils.Processes(torch.device("cpu"))
-    sampler, loader = train.training_data(
-        data,
-        processes,
-        flags.accumulate_steps,
-        aspect_ratio_group_factor=flags.aspect_ratio_group_factor,
-        batch_size=flags.batch_size,
-        data_augmentation=flags.data_augmentation,
-        seed=flags.seed,
-        workers=flags.workers,
-    )
+    is_one_size = flags.data_augmentation in presets.FIXED_SIZE
+    factor = -1 if is_one_size else flags.aspect_ratio_group_factor
+    groups = aspect_ratio_groups(data.sizes(), factor)
+    sampler = GroupedBatchSampler(groups, flags.batch_size, flags.seed)
+    loader = make_loader(data, sampler, flags.workers, torch.device("cpu"), keep=False)
     sampler.set_epoch(flags.epoch, 0)
     resize = flags.data_augmentation not in presets.RESIZING
     options = parser.values(flags, "model")

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from data import coco_json, image_files, shapes
 from docs.explain import diagrams, interactive, photograph, pictures
 from docs.explain.facts import RECIPE, facts, network
-from docs.explain.pictures import CLASSES, LEVELS, SIZE, example_scene
+from docs.explain.pictures import CLASSES, SIZE, example_scene
 from docs.explain.tables import table
 from models.build import load_detector
 

@@ -154,7 +154,9 @@ def draw_flow(shapes: Mapping[str, str]) -> str:
     page.box(400, 400, 500, 86, [], "classes")
     page.box(415, 428, 150, 48, ["encode_boxes", "boxes → codes"], "targets")
     page.text(650, 420, "detection_losses", 15)
-    note(580, 446, "focal loss of the logits, L1 of the codes;", "per foreground anchor of the image")
+    note(
+        580, 446, "focal loss of the logits, L1 of the codes;", "per foreground anchor of the image"
+    )
     page.arrow((445, 281), (445, 400))
     note(453, 304, "of each anchor a box,", f"−1 or −2: {shapes['assigned']}")
     page.arrow((120, 321), (120, 452), (415, 452))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-import train
 from data import coco_json, shapes
 from docs.explain import photograph, pictures
 from docs.explain.pictures import CLASSES, LEVELS, PRIOR, SIZE, example_scene
 from models import retinanet
 from models.build import ANCHOR_RATIOS, build_model, make_anchor_generator
+from runtime.options import build_parser
+from runtime.summary import RECIPE_BATCH
 
 SHAPES = 64  # images of the embedded data set whose assignment is counted
-RECIPE = train.build_parser().parse_args([])
-RECIPE_BATCH = train.RECIPE_BATCH
+RECIPE = build_parser().parse_args([])
 # The worked example of section 4, xyxy in pixels. Box 2 lies in the same anchors as box 1, and is
 # smaller.
 WORKED_BOXES = ((10, 10, 50, 50), (104, 14, 124, 34), (100, 10, 116, 26))
@@ -212,8 +211,9 @@ def _class_facts() -> dict[str, str]:
     """Count the outputs of the class head that no class has."""
     weights = torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1
     named = [name for name in weights.meta["categories"] if name not in ("N/A", "__background__")]
-    one_class = build_model("retinanet_resnet18_fpn", [{"name": "cell", "label": 1}], load=False)
-    layer = one_class.head.classification_head.cls_logits  # type: ignore[union-attr]
+    classes = [{"name": "cell", "label": 1}]
+    one_class: Any = build_model("retinanet_resnet18_fpn", classes, load=False)
+    layer = one_class.head.classification_head.cls_logits
     return {
         "named": str(len(named)),
         "unnamed": str(CLASSES - len(named)),
@@ -394,5 +394,3 @@ def facts() -> dict[str, str]:
             "factor": str(RECIPE.aspect_ratio_group_factor),
         }
     )
-
-

@@ -109,7 +109,7 @@ const TEXT = {
       `The absent class is pushed ${less} times less.`,
     detections: (above, kept) => `${above} candidates score more; ${kept} are left after NMS.`,
     lossAxes: ["loss", "probability of the right answer"],
-    slopeAxes: ["size of the gradient: absent class (blue), present (orange)", "logit"],
+    slopeAxes: ["gradient: absent class (blue), present (orange)", "logit"],
   },
   zh: {
     cell: (level, row, column, sizes) =>
@@ -125,7 +125,7 @@ const TEXT = {
       `${present}；交叉熵为 0.01 和 −0.99。不存在的类受到的梯度只有后者的 ${less} 分之一。`,
     detections: (above, kept) => `${above} 个候选超过阈值；NMS 之后剩 ${kept} 个。`,
     lossAxes: ["损失", "正确答案的概率"],
-    slopeAxes: ["梯度大小：不存在的类（蓝）、存在的类（橙）", "logit"],
+    slopeAxes: ["梯度：不存在的类（蓝）、存在的类（橙）", "logit"],
   },
 };
 
@@ -210,6 +210,7 @@ function drawBox() {
     if (mine <= 60) outline(anchorAt(i), COLOURS[0], 0.7);
   });
   outline(anchorAt(best), "#000000", 2.5, [6, 4]);
+  outline(state.box, "#ffffff", 6);
   outline(state.box, COLOURS[2], 3);
   const handle = state.box.slice(2), r = 9;
   outline([handle[0] - r, handle[1] - r, handle[0] + r, handle[1] + r], COLOURS[2], 3);

@@ -49,7 +49,9 @@ def draw_photograph(scene: pictures.Scene) -> Figure:
     anchor = scene.anchors[best]
     code = ", ".join(f"{v:+.2f}" for v in retinanet.encode_boxes(tie, anchor).tolist())
     code = code.replace("-", "−")
-    pictures._panel(axes[2], scene.image, f"the tie and its best anchor, IoU {best_iou:.2f}\n{code}")
+    pictures._panel(
+        axes[2], scene.image, f"the tie and its best anchor, IoU {best_iou:.2f}\n{code}"
+    )
     low, high = torch.minimum(tie[:2], anchor[:2]) - 20, torch.maximum(tie[2:], anchor[2:]) + 20
     middle, half = (low + high) / 2, (high - low) / 2
     height, width = scene.image.shape[1:]

@@ -476,7 +476,7 @@ def draw_focal(scene: Scene) -> Figure:
 
 
 def _draw_gradients(axes: Any) -> None:
-    """Plot how strongly both losses push the logit of a class that is not there, and of one that is.
+    """Plot the gradient of both losses by the logit, for an absent class and for a present one.
 
     The focal loss has its α here, as in training.
     """

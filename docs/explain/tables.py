@@ -109,10 +109,12 @@ def _worked_iou(zh: bool) -> list[list[str]]:
     peaks, best = iou.amax(dim=1, keepdim=True), iou.amax(dim=0)
     rows = []
     for number, values in enumerate(iou):
-        cells = [f"{value:.2f}" if value else "0" for value in values]
-        # Bold: the best box of an anchor. A star: the best anchors of a box, which it claims.
-        cells = [f"**{c}**" if 0 < v == b else c for c, v, b in zip(cells, values, best)]
-        cells = [f"{c} \\*" if v == peaks[number] else c for c, v in zip(cells, values)]
+        cells = []
+        for value, best_here in zip(values, best, strict=True):
+            # Bold: the best box of an anchor. A star: a best anchor of the box, which it claims.
+            text = f"{value:.2f}" if value else "0"
+            text = f"**{text}**" if 0 < value == best_here else text
+            cells.append(f"{text} \\*" if value == peaks[number] else text)
         rows.append([f"框 {number}" if zh else f"box {number}", *cells])
     return rows
 

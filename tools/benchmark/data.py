@@ -8,6 +8,7 @@ references/detection does: load, leave out images without boxes, group by aspect
 from __future__ import annotations
 
 from data import locate
+from data.worker_processes import ignore_stop_signals, start_worker_server
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.benchmark data")
@@ -34,7 +35,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import coco_utils
 import presets
-import utils
 from data import cache as data_cache
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from models.build import BatchTransform
@@ -324,7 +324,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         batches = data.with_entries(GroupedBatchSampler(groups, 16, 0))
         order: dict[str, Any] = {"batch_sampler": batches, "multiprocessing_context": "forkserver"}
         count, data = len(data), data.for_workers()
-        utils.start_worker_server("tools.benchmark.data")
+        start_worker_server("tools.benchmark.data")
     else:
         data, kept = _load_torchvision(path, _Torchvision)
         data, order = Subset(data, kept), {"batch_size": 16, "shuffle": True}
@@ -339,7 +339,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         **order,
         num_workers=workers,
         collate_fn=len,
-        worker_init_fn=utils.ignore_stop_signals,
+        worker_init_fn=ignore_stop_signals,
         persistent_workers=True,
     )
     assert sum(loader) == count

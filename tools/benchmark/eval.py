@@ -23,10 +23,10 @@ from pycocotools.cocoeval import COCOeval
 from coco_eval import METRICS, CocoEvaluator
 from coco_utils import label_categories
 from data.coco_json import Annotations
+from runtime.distributed import Processes
 from runtime.flags import positive
 from tools.benchmark import measuring
 from tools.benchmark.measuring import Row
-from utils import Processes
 
 GROWTH = ((50_000, 80), (5_000, 1_203), (50_000, 1_203))  # images; classes of COCO and of LVIS
 

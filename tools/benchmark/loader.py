@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from data import coco_json
 from data.loading import make_loader
+from data.worker_processes import ignore_stop_signals
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.benchmark loader")
@@ -163,7 +164,7 @@ def _torchvision(path: Path, images: Path, image_ids: np.ndarray, workers: int) 
         shuffle=True,
         num_workers=workers,
         collate_fn=_transposed,
-        worker_init_fn=utils.ignore_stop_signals,
+        worker_init_fn=ignore_stop_signals,
         persistent_workers=workers > 0,  # theirs start anew each epoch: not what is measured here
         multiprocessing_context="fork" if workers else None,
     )

@@ -37,12 +37,14 @@ from engine import Batch
 from group_by_aspect_ratio import aspect_ratio_groups, epoch_batches
 from models import retinanet
 from models.build import build_model, wrap
+from runtime.distributed import Processes
 from runtime.flags import non_negative, positive
 from runtime.optimization import build_optimizer
+from runtime.train_state import TrainState
 from tools.benchmark import measuring
 from tools.benchmark.data import coco_like_sizes
 from tools.benchmark.measuring import MB, Row
-from utils import Processes, UserError
+from utils import UserError
 
 PART = "anchors and loss"  # as the profile names it
 NUM_LABELS = 91  # COCO's, background included
@@ -222,7 +224,7 @@ class Ours(Side):
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
-        self.state = engine.TrainState(self.model, optimizer, scheduler, scaler)
+        self.state = TrainState(self.model, optimizer, scheduler, scaler)
 
     def to_device(self, batch: Batch) -> Batch:
         """Move it without waiting, as uint8."""
@@ -243,7 +245,7 @@ class Ours(Side):
             Processes(self.device),
             seed=0,
             batches_per_step=1,
-            weight=lambda position: 1.0,
+            batch_weight=lambda position: 1.0,
             after_step=after_step,
             amp_dtype=self.settings.amp_dtype,
             print_freq=1,

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import utils
+from runtime.records import read_json_lines
 from tools.plots import drawing
 from utils import UserError
 
@@ -59,7 +59,7 @@ def read_run(folder: Path) -> RunRecords:
     """
     if not (folder / "args.json").is_file():
         raise UserError(f"{folder} holds no run: train.py writes args.json into its --output-dir")
-    records = utils.read_json_lines(folder / "metrics.jsonl")
+    records = read_json_lines(folder / "metrics.jsonl")
     log = folder / "log.txt"
     text = log.read_text(errors="replace") if log.is_file() else ""
     starts = [int(step) for step in re.findall(r"^\S+ .* from step (\d+)$", text, re.MULTILINE)]

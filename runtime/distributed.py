@@ -1,0 +1,228 @@
+"""The processes of a run: joining and leaving their group, and what they tell each other."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from utils import LocalError, UserError
+
+# Rank 0 scores and writes while the others wait, so the host group waits long. A peer that hangs
+# where all come at about the same time, as in the training step, must be noticed far sooner.
+HOST_TIMEOUT = datetime.timedelta(hours=2)
+
+
+STEP_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+NAMING_TIMEOUT = datetime.timedelta(seconds=10)  # torchrun kills survivors of a failure after 30
+
+
+MEETING_EVERY = 10.0  # seconds between the meetings of an evaluation
+
+
+T = TypeVar("T")
+
+
+class PeerError(Exception):
+    """Another process of the run died, or does not answer."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one run, as one of them sees it.
+
+    `host_group` is a gloo group for what is not tensors on a device: checkpoints, evaluation. In
+    `meeting_group`, another, all come at about the same time. Both are None where there is a single
+    process, and then every collective below is skipped.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    host_group: Any = None
+    meeting_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process logs and writes."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` (anything plain) on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Return on every process what `action` returns on rank 0.
+
+        All processes come here at about the same time; the action may take long.
+
+        Raises:
+            PeerError: names those that did not come.
+            UserError: on every process, with its text, if `action` raises one.
+        """
+        self.barrier()
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.broadcast((result, problem))
+        if problem is not None:
+            raise UserError(problem)
+        return result
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Return the sums of `values` over all processes, which come here at about the same time.
+
+        Raises:
+            PeerError: names those that did not.
+        """
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            self.barrier()
+            dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
+
+    def equalize(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite `tensors`, on this process's device, with those of rank 0."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def barrier(self, timeout: datetime.timedelta | None = None) -> None:
+        """Wait for every process, `STEP_TIMEOUT` at most unless told otherwise.
+
+        Raises:
+            PeerError: names those that did not come, as far as rank 0 came.
+        """
+        if self.world_size == 1:
+            return
+        try:
+            # All but rank 0 wait as long as the group does, whatever the timeout given here.
+            dist.monitored_barrier(self.meeting_group, timeout or STEP_TIMEOUT, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise PeerError(
+                "another process of the run died or hangs; look for its own message. "
+                + str(error).split("\n")[0]
+            ) from None
+
+
+@contextmanager
+def join_process_group(device: str) -> Iterator[Processes]:
+    """Join the process group that torchrun describes, if it does, and leave it at the end.
+
+    Args:
+        device: "cuda" (this process takes GPU number LOCAL_RANK) or "cpu".
+
+    After an exception the group stays: end the process by `end_failed`.
+
+    Raises:
+        PeerError: names the processes that did not come to a collective operation of gloo. NCCL
+            ends a process that waits in vain by itself.
+        LocalError: if the launcher's variables are wrong, or there is no GPU for this process.
+    """
+    rank, world_size, local_rank = _check_launch()
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", place.index or 0 if local_rank is None else local_rank)
+        if place.index >= torch.cuda.device_count():
+            raise LocalError(
+                f"LOCAL_RANK {place.index}: this machine has {torch.cuda.device_count()} GPUs for "
+                "this run; start one process for each with --nproc_per_node"
+            )
+        torch.cuda.set_device(place)
+    if world_size == 1:
+        yield Processes(place)
+        return
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    device_id = place if place.type == "cuda" else None
+    dist.init_process_group(
+        backend,
+        store=_store_of_this_attempt(),
+        rank=rank,
+        world_size=world_size,
+        timeout=STEP_TIMEOUT,
+        device_id=device_id,
+    )
+    group = None
+    try:
+        host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+        meeting_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
+        group = Processes(place, rank, world_size, host_group, meeting_group)
+        group.barrier()
+        yield group
+    except RuntimeError as error:
+        if group is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            group.barrier(NAMING_TIMEOUT)  # gloo itself says a port at best
+        raise
+    # Not after an exception: NCCL would wait here for operations that the others never join. See
+    # `end_failed`.
+    dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dist.Store:
+    """Return where processes find each other, apart from what they wrote there before a restart.
+
+    torchrun keeps one store over all restarts on a machine; without a prefix of its own a restarted
+    process may read the address of one that is gone ("connectFullMesh … Connection refused").
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # each machine counts its own restarts
+        return store
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+
+
+def launch_rank() -> int:
+    """Return this process's rank as its launcher says, 0 without a launcher."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0  # `join_process_group` refuses it
+
+
+def _check_launch() -> tuple[int, int, int | None]:
+    """Return rank, number of processes and LOCAL_RANK, as torchrun sets them for each process.
+
+    Raises:
+        LocalError: names the variable that is missing or wrong.
+    """
+    least = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    numbers = {name: os.environ[name] for name in least if name in os.environ}
+    for name, text in numbers.items():
+        if not text.isdecimal() or int(text) < least[name]:
+            raise LocalError(
+                f"{name}={text} in the environment is no number from {least[name]}; start with "
+                "torchrun, or unset it"
+            )
+    rank, world_size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+    needed = ("WORLD_SIZE", *needed) if "RANK" in numbers else needed
+    for name in needed:
+        if name not in os.environ:
+            given = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+            raise LocalError(
+                f"{given}={numbers[given]} is in the environment and {name} is not; start with "
+                f"torchrun, or unset {given}"
+            )
+    if rank >= world_size:
+        raise LocalError(
+            f"RANK={rank} in the environment is not less than WORLD_SIZE={world_size}; start with "
+            "torchrun, or unset both"
+        )
+    port = os.environ.get("MASTER_PORT", "")
+    if world_size > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise LocalError(
+            f"MASTER_PORT={port} in the environment is no port; start with torchrun, or unset it"
+        )
+    return rank, world_size, int(numbers["LOCAL_RANK"]) if "LOCAL_RANK" in numbers else None

@@ -1,0 +1,98 @@
+"""Records of a run: one JSON object per line, whole after any crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from utils import file_errors, logger, replace_file
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append `record` as one line of JSON and see it to the disk.
+
+    Raises:
+        UserError: if the file cannot be written; it is then as it was.
+    """
+    with file_errors("write", path):
+        _append(path, (json.dumps(record) + "\n").encode())
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk that fills takes a part, and refuses the rest
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of `path`; a last line that a crash cut short is left out.
+
+    A line that is no record is logged with its number, and left out.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    records, bad_lines = _parse_json_lines(path)
+    for number in bad_lines:
+        logger.warning("%s, line %d: not a record, left out", path, number)
+    return records
+
+
+def _parse_json_lines(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """Return the records, and by their numbers the lines that are none."""
+    records, bad_lines = [], {}
+    if not path.exists():
+        return [], {}
+    with file_errors("read", path):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):  # not UTF-8, or not JSON
+            record = None
+        if _is_record(record):
+            records.append(record)
+        else:
+            bad_lines[number] = line
+    return records, bad_lines
+
+
+def _is_record(value: Any) -> bool:
+    """Return whether `value` is a line of a run: numbers by name, the step among them."""
+    if not isinstance(value, dict) or not all(type(v) in (int, float) for v in value.values()):
+        return False
+    needed = ("step", "epoch") if "AP" in value else ("step",)
+    return all(name in value for name in needed) and all(
+        type(value[name]) is int for name in ("step", "epoch") if name in value
+    )
+
+
+def rewind_json_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the records after optimizer step `step`, in place, and return the others.
+
+    A run that resumes at `step` writes the later ones again, so every record stands once. A line
+    that is no record is logged and moved to a file beside, `NAME.bad`.
+
+    Raises:
+        UserError: if the file cannot be read or written.
+    """
+    records, bad_lines = _parse_json_lines(path)
+    kept = [record for record in records if record["step"] <= step]
+    aside = path.with_name(path.name + ".bad")
+    for number, line in bad_lines.items():
+        logger.warning("%s, line %d: not a record, moved to %s", path, number, aside.name)
+        with file_errors("write", aside):
+            _append(aside, line + b"\n")
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept

@@ -1,0 +1,207 @@
+"""What a resumed run takes over from a checkpoint, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.checkpoint import KINDS, is_number, require_kinds
+from runtime.train_state import TrainState
+from utils import UserError, logger
+
+
+def resume_run(
+    state: TrainState,
+    saved: dict[str, Any],
+    source: Path,
+    *,
+    refuse: Mapping[str, Any],
+    log: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    explained: Mapping[str, Callable[[], str]],
+    steps_per_epoch: int,
+) -> None:
+    """Load a checkpoint, `saved`, into `state`, if it continues this run.
+
+    Args:
+        refuse: settings of this run that a resume must not change, by name.
+        log: settings that it may change; changes are logged.
+        defaults: what a setting was in a checkpoint that does not know it.
+        explained: what describes a change of a setting, where its two values would say nothing.
+
+    Raises:
+        UserError: lists the settings that differ, or what does not fit the model.
+    """
+    saved = from_torchvision(saved, {**refuse, **log}, steps_per_epoch, source)
+    check_same_run(saved["args"], {**refuse, **log}, log, source, defaults, explained)
+    require_fitting(saved, state.model, state.optimizer, state.scaler, source)
+    state.load_state_dict(saved)
+
+
+def require_fitting(
+    saved: Mapping[str, Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    source: Path,
+) -> None:
+    """Raise UserError unless a checkpoint has all that a run of this model continues from.
+
+    The message names what is missing, or the first tensors that differ.
+    """
+    missing = [name for name in KINDS if name not in saved and name != "categories"]
+    problem = f"it lacks {', '.join(missing)}" if missing else ""
+    weights = model.state_dict()
+    for name in ("model", "ema"):
+        if not problem and saved[name]:
+            problem = _difference(saved[name], weights, name)
+    problem = problem or _optimizer_difference(saved["optimizer"], optimizer)
+    if not problem and scaler.is_enabled():
+        names = [name for name in scaler.state_dict() if not is_number(saved["scaler"].get(name))]
+        problem = f"its 'scaler' lacks {', '.join(names)}" if names else ""
+    if problem:
+        raise UserError(
+            f"--resume {source} does not fit this run: {problem}; take another checkpoint, or "
+            "begin from its weights with --weights"
+        )
+
+
+def _difference(
+    saved: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], part: str
+) -> str:
+    """Return how the tensors differ in name or shape, the first three; empty if they do not."""
+    differing = [f"{name} is missing" for name in expected if name not in saved]
+    differing += [f"{name} is unknown" for name in saved if name not in expected]
+    differing += [
+        f"{name} has the shape {list(saved[name].shape)}, not {list(value.shape)}"
+        for name, value in expected.items()
+        if name in saved and saved[name].shape != value.shape
+    ]
+    if not differing:
+        return ""
+    return f"of its {part!r}, {len(differing)} tensors differ: {', '.join(differing[:3])}"
+
+
+def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:
+    """Return how the state of an optimizer does not fit this one; empty if it does."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != saved_sizes:
+        return f"its 'optimizer' is for {saved_sizes} parameters by group, not {sizes}"
+    is_adam = isinstance(optimizer, torch.optim.AdamW)
+    needed = {"lr", "weight_decay", *(("betas", "eps") if is_adam else ("momentum",))}
+    for group in saved["param_groups"]:
+        if not needed <= group.keys():
+            return f"its 'optimizer' lacks {', '.join(sorted(needed - group.keys()))}"
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = {k: v for k, v in saved["state"].get(number, {}).items() if v is not None}
+        if state and state.keys() != names:
+            return f"its 'optimizer' holds {', '.join(map(str, state))}, not {', '.join(names)}"
+        for name, value in state.items():
+            shape = parameter.shape if name != "step" else torch.Size([])
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
+                found = list(value.shape) if isinstance(value, torch.Tensor) else value
+                return f"{name} {number} of its 'optimizer' is {found}, not of shape {list(shape)}"
+    return ""
+
+
+def from_torchvision(
+    saved: dict[str, Any], now: Mapping[str, Any], steps_per_epoch: int, source: Path
+) -> dict[str, Any]:
+    """Convert a checkpoint of torchvision's detection scripts to ours; return ours unchanged.
+
+    Weights, optimizer, epoch and gradient scale are kept. The order of images is ours, and the
+    schedule continues at the epoch. `now` describes this run; it fills in what torchvision's
+    scripts do not save, such as a seed.
+
+    Raises:
+        UserError: if it cannot be continued, with what it lacks.
+    """
+    require_kinds(saved, source, KINDS)
+    if "step" in saved:
+        return saved
+    missing = [name for name in ("model", "optimizer", "epoch", "args") if name not in saved]
+    if missing:
+        raise UserError(
+            f"--resume {source}: no checkpoint of a run, it lacks {', '.join(missing)}; to begin "
+            "from its weights give it as --weights"
+        )
+    theirs = saved["args"] | {"amp": "fp16" if saved["args"].get("amp") else None}
+    if "weight_decay" in theirs:
+        theirs["wd"] = theirs["weight_decay"]
+    # They put normalisation first, train.py last; and do not know of fused steps.
+    groups = [group | {"fused": True} for group in reversed(saved["optimizer"]["param_groups"])]
+    epoch = saved["epoch"] + 1
+    logger.info("%s is of torchvision's scripts: going on at epoch %d", source, epoch)
+    return {
+        **{"model": saved["model"], "ema": None, "scaler": saved.get("scaler", {})},
+        "optimizer": saved["optimizer"] | {"param_groups": groups},
+        **{"epoch": epoch, "step": epoch * steps_per_epoch, "position": 0},
+        **{"window": {}, "best": None},
+        "args": {name: theirs.get(name, value) for name, value in now.items()},
+    }
+
+
+def check_same_run(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    may_change: Collection[str],
+    source: Path,
+    defaults: Mapping[str, Any] | None = None,
+    explained: Mapping[str, Callable[[], str]] | None = None,
+) -> None:
+    """Raise UserError, listing old → new, unless a checkpoint continues the run described `now`.
+
+    Settings in `may_change`, such as another learning rate, are allowed and logged.
+
+    Args:
+        defaults: what a setting was in a checkpoint that does not know it; without one it counts
+            as unchanged.
+        explained: what says how a setting changed, where its two values would say nothing.
+    """
+    defaults, explained = defaults or {}, explained or {}
+    old = {name: saved.get(name, defaults.get(name, value)) for name, value in now.items()}
+    differing = [name for name in now if old[name] != now[name]]
+    changes = [
+        explained[name]() if name in explained else f"{name}: {old[name]} → {now[name]}"
+        for name in differing
+    ]
+    refused = [c for name, c in zip(differing, changes, strict=True) if name not in may_change]
+    if refused:
+        raise UserError(
+            f"--resume {source} is a run with other settings: {'; '.join(refused)}; give the old "
+            "ones, or start again in another --output-dir (with --weights to begin from its "
+            "weights)"
+        )
+    for change in changes:
+        logger.warning("resuming with another %s", change)
+
+
+def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
+    """Return the micro-batches of an optimizer step, over all processes.
+
+    A resumed run keeps its own number, and accumulates more or less where there are now fewer or
+    more processes.
+
+    Raises:
+        UserError: names what would keep the number, if this does not divide.
+    """
+    wanted = saved.get("args", {}).get("batches_per_step")
+    if wanted is None:  # a new run, or one of torchvision's scripts
+        return accumulate_steps * world_size
+    if wanted % world_size:
+        fitting = [str(n) for n in range(1, wanted + 1) if wanted % n == 0]
+        raise UserError(
+            f"the run has {wanted} batches per optimizer step, which {world_size} processes cannot "
+            f"share evenly; continue it on a number of processes that can: {', '.join(fitting)} "
+            "(--accumulate-steps adjusts by itself)"
+        )
+    if wanted != accumulate_steps * world_size:
+        logger.warning("--accumulate-steps %d keeps the global batch", wanted // world_size)
+    return wanted
