@@ -275,6 +275,8 @@ def _network_facts() -> dict[str, str]:
         "bias": f"−{math.log((1 - PRIOR) / PRIOR):.3f}",
         "classes": str(CLASSES),
     }
+    (height, width), (down, across) = found["P7"][2:], example_scene(paint=False).spacing()[-1]
+    facts["drift_p7"] = f"{(height - 1) * (128 - down)} × {(width - 1) * (128 - across)}"
     facts |= {f"size_{name}": f"{h} × {w}" for name, (h, w), *_ in rows}
     return facts
 

@@ -10,12 +10,12 @@ const f32 = Math.fround;
 /** Return all anchors, xyxy one after the other, level by level, row by row. */
 function makeAnchors(levels) {
   const values = [];
-  for (const {rows, columns, stride, base} of levels)
+  for (const {rows, columns, spacing: [across, down], base} of levels)
     for (let row = 0; row < rows; row++)
       for (let column = 0; column < columns; column++)
         for (const [x1, y1, x2, y2] of base)
-          values.push(x1 + column * stride, y1 + row * stride,
-                      x2 + column * stride, y2 + row * stride);
+          values.push(x1 + column * across, y1 + row * down,
+                      x2 + column * across, y2 + row * down);
   return Float32Array.from(values);
 }
 
@@ -183,10 +183,11 @@ function pictureOf(source) {
 function drawAnchors() {
   const number = Number(document.querySelector("input[name=level]:checked").value);
   const level = DATA.levels[number];
-  const column = clamp(Math.round(state.point[0] / level.stride), 0, level.columns - 1);
-  const row = clamp(Math.round(state.point[1] / level.stride), 0, level.rows - 1);
+  const [across, down] = level.spacing;
+  const column = clamp(Math.round(state.point[0] / across), 0, level.columns - 1);
+  const row = clamp(Math.round(state.point[1] / down), 0, level.rows - 1);
   const outline = start(byId("anchors"), scene, DATA.width, DATA.height);
-  const shift = [column, row, column, row].map((n) => n * level.stride);
+  const shift = [column * across, row * down, column * across, row * down];
   level.base.forEach((base, kind) =>
     outline(base.map((v, k) => v + shift[k]), COLOURS[Math.floor(kind / 3)]));
   byId("anchors-text").textContent =
@@ -337,9 +338,9 @@ const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowD
 function moveCell(event) {
   if (!ARROWS[event.key]) return;
   event.preventDefault();
-  const {stride} = DATA.levels[document.querySelector("input[name=level]:checked").value];
+  const {spacing} = DATA.levels[document.querySelector("input[name=level]:checked").value];
   const limits = [DATA.width, DATA.height];
-  state.point = state.point.map((v, k) => clamp(v + stride * ARROWS[event.key][k], 0, limits[k]));
+  state.point = state.point.map((v, k) => clamp(v + spacing[k] * ARROWS[event.key][k], 0, limits[k]));
   drawAnchors();
 }
 

@@ -66,11 +66,11 @@ def _data() -> dict[str, Any]:
             "name": name,
             "rows": rows,
             "columns": columns,
-            "stride": 8 * 2**number,
+            "spacing": [across, down],
             "base": generator.generate_anchors(list(sizes), list(ANCHOR_RATIOS)).tolist(),
         }
-        for number, (name, (rows, columns), sizes) in enumerate(
-            zip(pictures.LEVELS, scene.feature_sizes, generator.sizes, strict=True)
+        for name, (rows, columns), (down, across), sizes in zip(
+            pictures.LEVELS, scene.feature_sizes, scene.spacing(), generator.sizes, strict=True
         )
     ]
     model: Any = build_model("retinanet_resnet18_fpn", [{"name": "any", "label": 1}], load=False)

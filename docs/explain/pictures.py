@@ -71,6 +71,15 @@ class Scene:
     feature_sizes: tuple[tuple[int, int], ...]
     anchors: Tensor
 
+    def spacing(self) -> list[tuple[int, int]]:
+        """Return how far apart the cells of each level are, (down, across), in pixels.
+
+        torchvision divides the image by the feature map and rounds down, so it is less than the
+        stride where a feature map has been rounded up.
+        """
+        height, width = self.image.shape[1:]
+        return [(height // rows, width // columns) for rows, columns in self.feature_sizes]
+
     def level_of_anchor(self) -> Tensor:
         """Return the level, 0 to 4, of each anchor, int64 `[A]`."""
         per_cell = len(self.anchors) // sum(h * w for h, w in self.feature_sizes)
@@ -95,13 +104,17 @@ def make_scene(
     assert targets is not None
     pixels = (batch.tensors[0] * 255).round().byte()
     height, width = pixels.shape[1:]
-    sizes = [(math.ceil(height / 8), math.ceil(width / 8))]
-    while len(sizes) < len(LEVELS):  # every level halves the one before, rounded up
-        sizes.append((math.ceil(sizes[-1][0] / 2), math.ceil(sizes[-1][1] / 2)))
+    sizes = feature_sizes(height, width)
     anchors = retinanet.make_anchors(
-        make_anchor_generator(), tuple(sizes), (height, width), torch.float32, torch.device("cpu")
+        make_anchor_generator(), sizes, (height, width), torch.float32, torch.device("cpu")
     )
-    return Scene(pixels, targets[0]["boxes"], names, labels, tuple(sizes), anchors)
+    return Scene(pixels, targets[0]["boxes"], names, labels, sizes, anchors)
+
+
+def feature_sizes(height: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Return (H, W) of P3 to P7: each level halves the one before and rounds up."""
+    strides = [8 * 2**level for level in range(len(LEVELS))]
+    return tuple((math.ceil(height / s), math.ceil(width / s)) for s in strides)
 
 
 def example_scene(paint: bool = True) -> Scene:
@@ -150,20 +163,20 @@ def count(assigned: Tensor) -> tuple[int, int, int]:
 def best_overlap(width: float, height: float, places: int = 23) -> np.ndarray:
     """Return the best IoU that a box has with any anchor, at `places` squared places: `[P]`.
 
-    The places are spread evenly over the largest stride, and 23 is no divisor of any. At a level
-    the nearest anchors are best.
+    The places are spread evenly over 128 pixels, the largest stride, and 23 divides no spacing of
+    cells at `SIZE`. At a level the nearest anchors are best.
     """
     grid = (np.arange(places) + 0.5) * 128 / places
     x, y = (axis.reshape(-1, 1) for axis in np.meshgrid(grid, grid))
     best = np.zeros(places**2)
     generator = make_anchor_generator()
-    for level, sizes in enumerate(generator.sizes):
-        stride = 8 * 2**level
+    for (rows, columns), sizes in zip(feature_sizes(*SIZE), generator.sizes, strict=True):
+        spacing = (SIZE[1] // columns, SIZE[0] // rows)
         base = generator.generate_anchors(list(sizes), list(ANCHOR_RATIOS)).numpy()  # [9, 4]
         sides = (base[:, 2:] - base[:, :2]).T  # [2, 9]
         shared = np.ones((1, 1))
-        for side, length, place in zip(sides, (width, height), (x, y), strict=True):
-            off = np.abs((place + stride / 2) % stride - stride / 2)  # [P, 1]
+        for side, length, place, step in zip(sides, (width, height), (x, y), spacing, strict=True):
+            off = np.abs((place + step / 2) % step - step / 2)  # [P, 1]
             ends = np.minimum(side / 2, off + length / 2) - np.maximum(-side / 2, off - length / 2)
             shared = shared * ends.clip(min=0)
         union = width * height + sides.prod(axis=0) - shared
@@ -245,13 +258,13 @@ def draw_anchors(scene: Scene) -> Figure:
     for level, (rows, columns) in enumerate(scene.feature_sizes):
         anchors = scene.anchors[levels == level].reshape(rows, columns, -1, 4)
         nine = anchors[rows // 2, columns // 2]
-        stride = 8 * 2**level
+        down, across = scene.spacing()[level]
         size = nine[:, 2:] - nine[:, :2]
         squares = size[size[:, 0] == size[:, 1], 0]
         _panel(
             axes[level],
             scene.image // 2 + 64,
-            f"{LEVELS[level]}: {rows} × {columns} cells of {stride} px,\n"
+            f"{LEVELS[level]}: {rows} × {columns} cells of {down} × {across} px,\n"
             f"square anchors of {squares.min():.0f} to {squares.max():.0f} px",
         )
         axes[level].set_xlim(0, width)

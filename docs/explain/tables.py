@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from docs.explain import facts
-from docs.explain.pictures import LEVELS
+from docs.explain.pictures import LEVELS, example_scene
 from models import retinanet
 from models.build import ANCHOR_RATIOS, ANCHOR_SIZES
 
@@ -15,8 +15,8 @@ HEADERS = {
         ("部分", "高 × 宽", "步长", "通道", "参数量", "10⁹ 乘加"),
     ),
     "anchors": (
-        ("level", "stride", "cells", "anchors", "sides of the square ones"),
-        ("层", "步长", "格子", "锚框", "边长（1 : 1）"),
+        ("level", "stride", "cells", "pixels between cells", "anchors", "sides of the square ones"),
+        ("层", "步长", "格子", "格子间距（像素）", "锚框", "边长（1 : 1）"),
     ),
     "rounding": (
         ("anchor of P3", "exact (MMDetection)", "rounded (torchvision, here)"),
@@ -71,6 +71,7 @@ def _parts(zh: bool) -> list[list[str]]:
 def _anchors(zh: bool) -> list[list[str]]:
     _, shapes, _ = facts.network()
     _, rounded = facts.base_anchors()
+    spacings = example_scene(paint=False).spacing()
     rows, total = [], 0
     for number, (level, nine) in enumerate(zip(LEVELS, rounded, strict=True)):
         height, width = shapes[level][2:]
@@ -78,8 +79,9 @@ def _anchors(zh: bool) -> list[list[str]]:
         total += cells
         sides = ", ".join(f"{w:.0f}" for w, h in nine if w == h)
         sizes = f"{height} × {width} = {cells:,}"
-        rows.append([level, str(8 * 2**number), sizes, f"{9 * cells:,}", sides])
-    return [*rows, ["合计" if zh else "sum", "", f"{total:,}", f"{9 * total:,}", ""]]
+        spacing = "{} × {}".format(*spacings[number])
+        rows.append([level, str(8 * 2**number), sizes, spacing, f"{9 * cells:,}", sides])
+    return [*rows, ["合计" if zh else "sum", "", f"{total:,}", "", f"{9 * total:,}", ""]]
 
 
 def _rounding(zh: bool) -> list[list[str]]:
