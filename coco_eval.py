@@ -373,6 +373,11 @@ def _with_hotcoco(
     return hotcoco.COCOeval(ground_truth, ground_truth.load_res(detections), "bbox")
 
 
+def paired_bootstrap(first: Any, second: Any, resamples: int, seed: int) -> dict[str, Any]:
+    """Compare two of hotcoco's evaluations of the same images; see `hotcoco.compare`."""
+    return hotcoco.compare(first, second, n_bootstrap=resamples, seed=seed, confidence=0.95)
+
+
 def scores_of(evaluation: Any) -> Scores:
     """Summarize an evaluation of either library; what it prints becomes the table."""
     printed = io.StringIO()

@@ -106,13 +106,13 @@ def _image_errors() -> Iterator[None]:
         raise ImageError(f"is damaged: {reason}", "image files that are damaged") from None
 
 
-def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
+def read_image(path: Path, root: Path, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Decode an image file to uint8 RGB, `[3, H, W]`.
 
     Alpha is dropped, gray repeated; of an animation the first frame is read. EXIF turns the image,
-    as viewers show it, unless `size` (H, W) is that of the stored pixels only. PNG is decoded by
-    PIL, which takes 1.2 times as long: torchvision's decoder crashes the process on most damaged
-    PNG files (0.29.1).
+    as viewers show it, unless the annotated `size` (H, W) is that of the stored pixels only. PNG is
+    decoded by PIL, which takes 1.2 times as long: torchvision's decoder crashes the process on most
+    damaged PNG files (0.29.1).
 
     Raises:
         ImageError: if its name leaves `root` (links may), or the file is of another format than
@@ -138,13 +138,13 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
         else:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_image(encoded, ImageReadMode.RGB)
-    if header.orientation == 1 or header.shown != size:
+    if header.orientation == 1 or size not in (None, header.shown):
         return image
     turned = image.transpose(1, 2) if header.orientation >= 5 else image
     return turned.flip(_EXIF_FLIPS[header.orientation])
 
 
-def _check_header(file: Image.Image, data: bytes, size: tuple[int, int]) -> Header:
+def _check_header(file: Image.Image, data: bytes, size: tuple[int, int] | None) -> Header:
     """Check what can be checked before decoding."""
     width, height = file.size
     if width * height > coco_json.MAX_PIXELS:
@@ -156,7 +156,7 @@ def _check_header(file: Image.Image, data: bytes, size: tuple[int, int]) -> Head
     if "progressive" in file.info and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ImageError(f"has {scans} scans", "image files with too many scans")
     header = _header_of(file)
-    if size in (header.stored, header.shown):
+    if size is None or size in (header.stored, header.shown):
         return header
     raise ImageError(
         f"is {width} x {height}, the annotations say {size[1]} x {size[0]}",

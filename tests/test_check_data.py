@@ -21,7 +21,6 @@ from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
 from data import coco_json, formats
 from tools import check_data
-from tools.plots import data_plots
 from utils import UserError
 
 
@@ -212,15 +211,6 @@ def test_file_without_coco_shape_is_reported_alone(tmp_path: Path) -> None:
     done = run_script("-m", "tools.check_data", "--data-path", root, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stdout.count("annotation file that is not COCO's") == 2
-
-
-def test_best_overlap_is_that_of_concentric_boxes() -> None:
-    sides = np.array([[32.0, 32.0], [32.0, 64.0], [16.0, 16.0], [10.0, 1000.0]])
-    found = data_plots.best_overlap(sides)
-    assert found[0] == pytest.approx(1)
-    assert found[1] == pytest.approx(2048 / 2500)  # two anchors high as wide, of side 50
-    assert found[2] == pytest.approx(16**2 / 32**2)  # no anchor is smaller
-    assert found[3] < 0.2
 
 
 def test_the_documentation_lists_every_rule_as_it_is() -> None:

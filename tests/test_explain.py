@@ -30,6 +30,7 @@ from models import retinanet
 from models.build import build_model
 from runtime import checkpoint
 from tools import visualize
+from tools.plots import method
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def pages() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def scene() -> explain_pictures.Scene:
+def scene() -> method.Scene:
     return explain_pictures.example_scene(paint=False)
 
 
@@ -106,7 +107,7 @@ def numbers_in_code() -> dict[str, float]:
         "32": model.transform.size_divisible,
         "256": model.backbone.out_channels,
         "9": head.num_anchors,
-        "0.01": explain_pictures.PRIOR,
+        "0.01": method.PRIOR,
         "0.25": retinanet.ALPHA,
         "-1": retinanet.BACKGROUND,
         "-2": retinanet.IGNORED,
@@ -220,7 +221,7 @@ def test_boxes_per_detector_are_counted() -> None:
 
 def test_the_sum_of_anchors_is_the_one_of_torchvision() -> None:
     _, found, _ = facts.network()
-    cells = [found[level][2] * found[level][3] for level in explain_pictures.LEVELS]
+    cells = [found[level][2] * found[level][3] for level in method.LEVELS]
     assert cells == [15_200, 3_800, 950, 247, 70]
     assert sum(cells) == 20_267
     assert found["cls_logits"][1] == 9 * sum(cells) == 182_403
@@ -233,7 +234,7 @@ def test_parts_add_up_to_the_whole() -> None:
     assert 2 * sum(row[4] for row in rows) == pytest.approx(2 * operations["Global"])
 
 
-def test_best_overlap_is_that_with_all_anchors(scene: explain_pictures.Scene) -> None:
+def test_best_overlap_is_that_with_all_anchors(scene: method.Scene) -> None:
     # The formula knows no border, so the boxes lie in the middle, at the places that it takes.
     places = 5
     grid = (np.arange(places) + 0.5) * 128 / places
@@ -247,10 +248,10 @@ def test_best_overlap_is_that_with_all_anchors(scene: explain_pictures.Scene) ->
         np.testing.assert_allclose(own, iou.numpy(), rtol=1e-5)
 
 
-def test_steps_are_the_four_rules(scene: explain_pictures.Scene) -> None:
+def test_steps_are_the_four_rules(scene: method.Scene) -> None:
     iou = retinanet.pairwise_iou(scene.boxes[None], scene.anchors)[0]  # [M, A]
     best, box = iou.max(dim=0)
-    first, second, third, last = explain_pictures.steps(scene)
+    first, second, third, last = method.steps(scene)
     assert (first == retinanet.IGNORED).all()
     expected = torch.full_like(box, retinanet.IGNORED)
     expected[best < 0.4] = retinanet.BACKGROUND
@@ -263,14 +264,14 @@ def test_steps_are_the_four_rules(scene: explain_pictures.Scene) -> None:
     assert not torch.equal(last, third)
 
 
-def test_first_losses_are_those_of_the_whole_image(scene: explain_pictures.Scene) -> None:
+def test_first_losses_are_those_of_the_whole_image(scene: method.Scene) -> None:
     matched = scene.assign()[None]
     boxes, labels = retinanet.pad_targets([{"boxes": scene.boxes, "labels": scene.labels}])
     p = 0.01
-    logits = torch.full((1, len(scene.anchors), explain_pictures.CLASSES), np.log(p / (1 - p)))
+    logits = torch.full((1, len(scene.anchors), method.CLASSES), np.log(p / (1 - p)))
     codes = torch.zeros(1, len(scene.anchors), 4)
     losses = retinanet.detection_losses(logits, codes, scene.anchors, boxes, labels, matched)
-    own = explain_pictures.first_losses(scene, p)["focal loss"]
+    own = method.first_losses(scene, p)["focal loss"]
     assert sum(own) == pytest.approx(float(losses["classification"]), rel=1e-4)
 
 
@@ -280,7 +281,7 @@ def test_stages_end_with_the_models_own_detections() -> None:
     model = build_model("retinanet_resnet18_fpn", classes, min_size=64, max_size=128).eval()
     torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.5)
     image = torch.randint(256, (3, 64, 90), dtype=torch.uint8)
-    stages = explain_pictures.detect_in_stages(model, image)
+    stages = method.detect_in_stages(model, image)
     with torch.no_grad():
         (expected,) = model([image / 255])
     assert len(expected["scores"]) > 10
@@ -325,13 +326,63 @@ def test_the_pipeline_goes_on_to_the_detections_of_a_checkpoint(
         assert len(drawn.convert("RGB").getcolors(1 << 24) or []) > 200
 
 
+@pytest.mark.parametrize("step", ["assignment", "pipeline"])
+def test_a_step_is_drawn_of_voc_data_with_the_flags_of_train_py(
+    step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / "voc" / folder).mkdir(parents=True)
+    for split, name in (("train", "a"), ("val", "b")):
+        Image.new("RGB", (96, 64), "gray").save(tmp_path / "voc" / "JPEGImages" / f"{name}.jpg")
+        (tmp_path / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
+        (tmp_path / "voc" / "Annotations" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.jpg</filename><size><width>96</width>"
+            "<height>64</height><depth>3</depth></size><object><name>cup</name><bndbox>"
+            "<xmin>11</xmin><ymin>5</ymin><xmax>60</xmax><ymax>44</ymax></bndbox></object>"
+            "</annotation>"
+        )
+    picture = tmp_path / "picture.png"
+    flags = ["--dataset", "voc", "--data-path", tmp_path / "voc", "--picture", picture]
+    image = tmp_path / "voc" / "JPEGImages" / "b.jpg"
+    visualize.main([step, *map(str, [image, *flags, "--min-size", "64", "--max-size", "96"])])
+    assert "1 boxes, " in capsys.readouterr().out
+    with Image.open(picture) as drawn:
+        assert drawn.width in (2000, 2001)
+
+
+def test_the_assignment_of_one_box_has_no_empty_row_and_close_up_means_near() -> None:
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    one = method.make_scene(image, torch.tensor([[10.0, 5, 60, 44]]), ["cup"], 256, 384)
+    assert len(method.draw_assignment(one).axes) == 4
+    scene = explain_pictures.example_scene(paint=False)
+    figure = method.draw_assignment(scene)
+    assert len(figure.axes) == 6
+    low, high = figure.axes[4].get_xlim()
+    assert high - low < 0.15 * scene.image.shape[2]  # the three small circles
+
+
+def test_of_many_boxes_the_panels_of_detections_show_the_best_50() -> None:
+    torch.manual_seed(0)
+    label_map = [{"name": "a", "label": 1}, {"name": "b", "label": 2}]
+    model = build_model("retinanet_resnet18_fpn", label_map, min_size=64, max_size=128).eval()
+    torch.nn.init.normal_(model.head.classification_head.cls_logits.weight, std=0.5)
+    image = torch.randint(256, (3, 64, 90), dtype=torch.uint8)
+    model.score_thresh = 0.0
+    figure = method.draw_detections(model, image, label_map)
+    assert figure.axes[2].get_title("left").endswith("the best 50 drawn")
+    assert sum(len(c.get_paths()) for c in figure.axes[2].collections) == 50
+
+
 def test_an_image_without_annotations_is_refused(tiny_shapes: Path, tmp_path: Path) -> None:
     annotations = str(tiny_shapes / "annotations" / "instances_train2017.json")
-    with pytest.raises(UserError, match=r"has no image named other.jpg"):
+    with pytest.raises(
+        UserError,
+        match=r"instances_train2017.json: no image named other.jpg; give an image of this",
+    ):
         visualize.main(["coding", str(tmp_path / "other.jpg"), "--annotations", annotations])
 
 
-def test_the_spacing_is_that_of_the_anchors(scene: explain_pictures.Scene) -> None:
+def test_the_spacing_is_that_of_the_anchors(scene: method.Scene) -> None:
     levels = scene.level_of_anchor()
     for number, ((rows, columns), spacing) in enumerate(
         zip(scene.feature_sizes, scene.spacing(), strict=True)
@@ -347,10 +398,10 @@ def test_the_spacing_is_that_of_the_anchors(scene: explain_pictures.Scene) -> No
 
 @pytest.mark.parametrize("language", explain.PAGES)
 def test_the_table_of_anchors_has_the_sides_of_the_anchors_that_train(
-    pages: dict[str, str], scene: explain_pictures.Scene, language: str
+    pages: dict[str, str], scene: method.Scene, language: str
 ) -> None:
     levels = scene.level_of_anchor()
-    for number, level in enumerate(explain_pictures.LEVELS):
+    for number, level in enumerate(method.LEVELS):
         sizes = scene.anchors[levels == number][:, 2:] - scene.anchors[levels == number][:, :2]
         squares = sorted({int(w) for w, h in sizes.unique(dim=0).tolist() if w == h})
         rows = [line for line in pages[language].splitlines() if line.startswith(f"| {level} |")]
@@ -415,7 +466,7 @@ def test_the_interactive_page_is_made_from_the_code(web_page: str) -> None:
 
 @pytest.mark.parametrize("assigner", retinanet.ASSIGNERS)
 def test_the_browser_assigns_and_encodes_like_the_python(
-    assigner: str, web_page: str, scene: explain_pictures.Scene, browse: Callable[..., Any]
+    assigner: str, web_page: str, scene: method.Scene, browse: Callable[..., Any]
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     sides = (6 * 100 ** torch.rand(40, 5, 2, generator=generator)).round()

@@ -19,15 +19,19 @@ import re
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from data import coco_json, image_files, shapes
 from docs.explain import diagrams, interactive, photograph, pictures
 from docs.explain.facts import RECIPE, facts, network
-from docs.explain.pictures import CLASSES, SIZE, example_scene
+from docs.explain.pictures import SIZE, example_scene
 from docs.explain.tables import table
 from models.build import load_detector
+from tools.plots import method
+from tools.plots.method import CLASSES
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"en": "docs/retinanet.md", "zh": "docs/retinanet.zh-CN.md"}
@@ -104,16 +108,18 @@ def draw_all() -> None:
         (PICTURES / f"retinanet_{name}.svg").write_text(svg, encoding="utf-8")
     scene = example_scene()
     photo = photograph.photograph_scene()
-    # Lines and text only: SVG. The date would differ in every file.
+    # Lines and text only: SVG, with text as text. Date and random ids would differ in every file.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "retinanet", "font.size": 11}
+    with matplotlib.rc_context(settings):
+        for name, figure in (
+            ("coverage", pictures.draw_coverage()),
+            ("focal", method.draw_focal(scene)),
+        ):
+            figure.savefig(PICTURES / f"retinanet_{name}.svg", metadata={"Date": None})
     for name, figure in (
-        ("coverage", pictures.draw_coverage()),
-        ("focal", pictures.draw_focal(scene)),
-    ):
-        figure.savefig(PICTURES / f"retinanet_{name}.svg", metadata={"Date": None})
-    for name, figure in (
-        ("anchors", pictures.draw_anchors(scene)),
-        ("assignment", pictures.draw_assignment(scene)),
-        ("coding", pictures.draw_coding(scene)),
+        ("anchors", method.draw_anchors(scene)),
+        ("assignment", method.draw_assignment(scene)),
+        ("coding", method.draw_coding(scene)),
         ("photograph", photograph.draw_photograph(photo)),
     ):
         _save_jpeg(figure, name)
@@ -139,8 +145,8 @@ def draw_detections() -> None:
         height, width = annotations.sizes[0].tolist()
         image = image_files.read_image(path, root, (height, width))
     names = {category["label"]: category["name"] for category in label_map}
-    _save_jpeg(pictures.draw_detections(model, image, names), "detections")
-    stages = pictures.detect_in_stages(model, image)
+    _save_jpeg(method.draw_detections(model, image, label_map), "detections")
+    stages = method.detect_in_stages(model, image)
     found = interactive.candidates(stages, names)
     INTERACTIVE.write_text(interactive.page(found), encoding="utf-8")
 

@@ -16,11 +16,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from data import coco_json, shapes
 from docs.explain import photograph, pictures
-from docs.explain.pictures import CLASSES, LEVELS, PRIOR, SIZE, example_scene
+from docs.explain.pictures import SIZE, example_scene
 from models import retinanet
 from models.build import ANCHOR_RATIOS, build_model, make_anchor_generator
 from runtime.options import build_parser
 from runtime.summary import RECIPE_BATCH
+from tools.plots import method
+from tools.plots.method import CLASSES, LEVELS, PRIOR
 
 SHAPES = 64  # images of the embedded data set whose assignment is counted
 RECIPE = build_parser().parse_args([])
@@ -110,7 +112,7 @@ def count_disputes(
         blank = torch.zeros((3, height, width), dtype=torch.uint8)
         names = ["any"] * len(boxes)
         tensor = torch.from_numpy(boxes)
-        scene = pictures.make_scene(blank, tensor, names, min_size, max_size)
+        scene = method.make_scene(blank, tensor, names, min_size, max_size)
         own, other = scene.assign(), scene.assign(assigner="max-iou")
         plain = scene.assign(allow_low_quality=False)
         loses = [int((own == k).sum()) < int((other == k).sum()) for k in range(len(boxes))]
@@ -182,9 +184,9 @@ def worked_example() -> tuple[torch.Tensor, list[torch.Tensor]]:
     boxes = torch.tensor(WORKED_BOXES, dtype=torch.float32)
     anchors = torch.tensor(WORKED_ANCHORS, dtype=torch.float32)
     blank = torch.empty(3, 0, 0, dtype=torch.uint8)
-    scene = pictures.Scene(blank, boxes, ("box",) * 3, torch.ones(3).long(), (), anchors)
+    scene = method.Scene(blank, boxes, ("box",) * 3, torch.ones(3).long(), (), anchors)
     iou = retinanet.pairwise_iou(boxes[None], anchors)[0]
-    return iou, [*pictures.steps(scene), scene.assign(assigner="max-iou")]
+    return iou, [*method.steps(scene), scene.assign(assigner="max-iou")]
 
 
 def significant(value: float) -> str:
@@ -195,7 +197,7 @@ def significant(value: float) -> str:
 
 def _gradient_facts() -> dict[str, str]:
     scene = example_scene(paint=False)
-    foreground, background, _ = pictures.count(scene.assign())
+    foreground, background, _ = method.count(scene.assign())
     absent = (foreground * (CLASSES - 1) + background * CLASSES) / foreground  # per fg. anchor
     g = gradients(PRIOR)
     return {
@@ -233,7 +235,7 @@ def _size_facts() -> dict[str, str]:
 
 def _photograph_facts() -> dict[str, str]:
     scene = photograph.photograph_scene()
-    foreground, _, ignored = pictures.count(scene.assign())
+    foreground, _, ignored = method.count(scene.assign())
     iou, best = retinanet.pairwise_iou(scene.boxes[None], scene.anchors)[0].max(dim=1)
     levels = scene.level_of_anchor()[best].tolist()
     tie = retinanet.encode_boxes(scene.boxes[1], scene.anchors[best[1]]).tolist()
@@ -320,11 +322,11 @@ def base_anchors() -> tuple[np.ndarray, np.ndarray]:
 def _example_facts() -> dict[str, str]:
     scene = example_scene(paint=False)
     facts: dict[str, str] = {"boxes": str(len(scene.boxes))}
-    counts = [pictures.count(step) for step in pictures.steps(scene)]
+    counts = [method.count(step) for step in method.steps(scene)]
     for number, values in enumerate(counts, 1):
         for name, value in zip(("fg", "bg", "ignored"), values, strict=True):
             facts[f"{name}_{number}"] = f"{value:,}"
-    plain, own = pictures.steps(scene)[2:]
+    plain, own = method.steps(scene)[2:]
     other = scene.assign(assigner="max-iou")
     total = len(scene.boxes)
     without = torch.bincount(plain[plain >= 0], minlength=total) == 0
@@ -341,7 +343,7 @@ def _example_facts() -> dict[str, str]:
     mine, theirs = int(own[first]), int(other[first])
     facts["dispute_own"] = f"{float(iou[mine, first]):.2f}"
     facts["dispute_other"] = f"{float(iou[theirs, first]):.2f}"
-    box, anchor, code, overlap = pictures.coding_example(scene)
+    box, anchor, code, overlap = method.coding_example(scene)
     facts["code_iou"] = f"{overlap:.2f}"
     for name, corners in (("box", box), ("anchor", anchor)):
         x, y = ((corners[:2] + corners[2:]) / 2).tolist()
@@ -354,7 +356,7 @@ def _example_facts() -> dict[str, str]:
     back = retinanet.decode_boxes(code, anchor).tolist()
     facts["decoded"] = ", ".join(f"{v:.2f}" for v in back)
     for name, p in (("half", 0.5), ("prior", PRIOR)):
-        for kind, losses in pictures.first_losses(scene, p).items():
+        for kind, losses in method.first_losses(scene, p).items():
             for side, loss in zip(("fg", "bg"), losses, strict=True):
                 shown = f"{loss:,.0f}" if loss >= 100 else f"{loss:.2f}"
                 facts[f"{'ce' if kind == 'cross entropy' else 'fl'}_{name}_{side}"] = shown

@@ -18,6 +18,7 @@ from torch import Tensor
 from docs.explain import pictures
 from models import retinanet
 from models.build import ANCHOR_RATIOS, build_model, make_anchor_generator
+from tools.plots import method
 
 FOLDER = Path(__file__).parent
 ZOOM = 6  # the model's small image is shown this many times as large
@@ -31,7 +32,7 @@ def _data_url(image: Tensor, width: int, kind: str, **options: Any) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def candidates(stages: pictures.Stages, names: dict[int, str]) -> dict[str, Any]:
+def candidates(stages: method.Stages, names: dict[int, str]) -> dict[str, Any]:
     """Return what the page needs of a model's candidates: image, boxes, scores, labels, names."""
     height, width = stages.image.shape[1:]
     found = stages.candidates
@@ -70,7 +71,7 @@ def _data() -> dict[str, Any]:
             "base": generator.generate_anchors(list(sizes), list(ANCHOR_RATIOS)).tolist(),
         }
         for name, (rows, columns), (down, across), sizes in zip(
-            pictures.LEVELS, scene.feature_sizes, scene.spacing(), generator.sizes, strict=True
+            method.LEVELS, scene.feature_sizes, scene.spacing(), generator.sizes, strict=True
         )
     ]
     model: Any = build_model("retinanet_resnet18_fpn", [{"name": "any", "label": 1}], load=False)
@@ -84,7 +85,7 @@ def _data() -> dict[str, Any]:
         "fg": model.proposal_matcher.high_threshold,
         "bg": model.proposal_matcher.low_threshold,
         "alpha": retinanet.ALPHA,
-        "prior": pictures.PRIOR,
+        "prior": method.PRIOR,
         "detections": model.detections_per_img,
     }
 

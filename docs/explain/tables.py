@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from docs.explain import facts
-from docs.explain.pictures import LEVELS, example_scene
+from docs.explain.pictures import example_scene
 from models import retinanet
 from models.build import ANCHOR_RATIOS, ANCHOR_SIZES
+from tools.plots.method import LEVELS
 
 HEADERS = {
     "parts": (
