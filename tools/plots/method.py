@@ -290,6 +290,9 @@ def draw_assignment(scene: Scene) -> Figure:
             is_last = ax is axes[len(titles) - 1]
             _draw_assigned(ax, scene, assigned, before if is_last else assigned)
         before = assigned
+    if _is_dense(ours):
+        text = "dots: centres of anchors, black where they are ignored"
+        figure.supxlabel(text, fontsize=9, x=0.01, ha="left")
     if not changed:
         return figure
     window = _disputed(scene, ours, other)
@@ -308,7 +311,7 @@ def _draw_assigned(axes: Any, scene: Scene, assigned: Tensor, before: Tensor) ->
 
     Where these are many, dots at their centres stand for all but the new ones.
     """
-    is_dense = int((assigned != retinanet.BACKGROUND).sum()) > MOST_OUTLINED
+    is_dense = _is_dense(assigned)
     ignored = scene.anchors[assigned == retinanet.IGNORED]
     if is_dense:
         _draw_centres(axes, ignored, color="black", s=3, alpha=0.5)
@@ -323,6 +326,10 @@ def _draw_assigned(axes: Any, scene: Scene, assigned: Tensor, before: Tensor) ->
             _outline(axes, scene.anchors[mine], edgecolor=colour, linewidth=0.6, alpha=0.5)
         new = scene.anchors[mine & (before != number)]
         _outline(axes, new, edgecolor=colour, linewidth=1.8)
+
+
+def _is_dense(assigned: Tensor) -> bool:
+    return int((assigned != retinanet.BACKGROUND).sum()) > MOST_OUTLINED
 
 
 def _draw_centres(axes: Any, boxes: Tensor, **style: Any) -> None:
