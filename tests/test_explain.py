@@ -221,6 +221,11 @@ def test_boxes_per_detector_are_counted() -> None:
     assert (found["named"], found["unnamed"], found["one_class"]) == ("80", "11", "[18, 256, 3, 3]")
 
 
+def test_the_diagrams_have_the_numbers_of_the_code() -> None:
+    for name, svg in explain.make_diagrams().items():
+        assert (explain.PICTURES / f"retinanet_{name}.svg").read_text("utf-8") == svg
+
+
 def test_the_sum_of_anchors_is_the_one_of_torchvision() -> None:
     _, found, _ = facts.network()
     cells = [found[level][2] * found[level][3] for level in method.LEVELS]

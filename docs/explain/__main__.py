@@ -83,8 +83,8 @@ def fill(text: str, language: str) -> str:
     return re.sub(r"<!--=(\w+)-->.*?<!---->", number, text)
 
 
-def draw_all() -> None:
-    """Draw the pages' pictures; the one of detections needs the model that `make docs` trains."""
+def make_diagrams() -> dict[str, str]:
+    """Return the SVG of the two diagrams by the name of its picture."""
     numbers = facts()
     sizes = {key.removeprefix("size_"): value for key, value in numbers.items() if "size_" in key}
     sizes["image"] = numbers["image"]
@@ -101,10 +101,15 @@ def draw_all() -> None:
         "labels": f"[{batch}, M]",
         "assigned": f"[{batch}, {anchors:,}]",
     }
-    for name, svg in (
-        ("structure", diagrams.draw_structure(sizes, 9, CLASSES)),
-        ("pipeline", diagrams.draw_flow(shown)),
-    ):
+    return {
+        "structure": diagrams.draw_structure(sizes, 9, CLASSES),
+        "pipeline": diagrams.draw_flow(shown, numbers),
+    }
+
+
+def draw_all() -> None:
+    """Draw the pages' pictures; the one of detections needs the model that `make docs` trains."""
+    for name, svg in make_diagrams().items():
         (PICTURES / f"retinanet_{name}.svg").write_text(svg, encoding="utf-8")
     scene = example_scene()
     photo = photograph.photograph_scene()

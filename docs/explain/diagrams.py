@@ -116,10 +116,11 @@ def draw_structure(sizes: Mapping[str, str], per_cell: int, classes: int) -> str
     return page.svg()
 
 
-def draw_flow(shapes: Mapping[str, str]) -> str:
+def draw_flow(shapes: Mapping[str, str], numbers: Mapping[str, str]) -> str:
     """Draw the way of a batch from files to losses, and from an image to detections.
 
-    `shapes` has those of image, batch, levels, logits, codes, anchors, boxes, labels and assigned.
+    `shapes` has those of image, batch, levels, logits, codes, anchors, boxes, labels and assigned;
+    `numbers` is what `facts` returns.
     """
     page = Drawing(1000, 680, "From file to loss, and from image to detections")
 
@@ -146,7 +147,8 @@ def draw_flow(shapes: Mapping[str, str]) -> str:
     note(682, 136, "boxes, resized with the image, and labels", anchor="end")
     page.box(20, 175, 200, 46, ["make_anchors", "cached for each shape"], "targets")
     page.box(20, 275, 200, 46, ["pad_targets", "one tensor per batch"], "targets")
-    page.box(370, 215, 150, 66, ["assign", "IoU ≥ 0.5, < 0.4,", "claims"], "targets")
+    thresholds = f"IoU ≥ {numbers['fg_iou']}, < {numbers['bg_iou']},"
+    page.box(370, 215, 150, 66, ["assign", thresholds, "claims"], "targets")
     page.arrow((220, 198), (300, 198), (300, 232), (370, 232))
     note(228, 190, f"anchors {shapes['anchors']}")
     page.arrow((220, 298), (300, 298), (300, 264), (370, 264))
@@ -169,17 +171,17 @@ def draw_flow(shapes: Mapping[str, str]) -> str:
     text = "detection: the same network, then torchvision's postprocess_detections for each image"
     page.text(20, 560, text, 17, "start")
     names = (
-        (["sigmoid", "score > 0.05"], "classes", 120),
-        (["top 1,000", "of each level"], "classes", 120),
+        (["sigmoid", f"score > {numbers['score_thresh']}"], "classes", 120),
+        ([f"top {numbers['topk']}", "of each level"], "classes", 120),
         (["BoxCoder", "decode, clip"], "boxes", 120),
-        (["NMS per class", "IoU 0.5"], "pyramid", 130),
-        (["best 300", "boxes, labels, scores"], "data", 170),
+        (["NMS per class", f"IoU {numbers['nms_thresh']}"], "pyramid", 130),
+        ([f"best {numbers['detections']}", "boxes, labels, scores"], "data", 170),
     )
-    x = 20.0
+    x, most = 20.0, f"≤ {numbers['most_candidates']}"
     for number, (lines, fill, width) in enumerate(names):
         page.box(x, 590, width, 54, lines, fill)
         x += width
         if number < len(names) - 1:
-            page.arrow((x, 617), (x + 74, 617), label="≤ 5,000" if number in (1, 2) else "")
+            page.arrow((x, 617), (x + 74, 617), label=most if number in (1, 2) else "")
             x += 74
     return page.svg()
