@@ -32,6 +32,7 @@ import utils
 from data import image_files
 from data.worker_processes import ignore_stop_signals, start_worker_server
 from models.build import load_detector
+from models.precision import autocast
 from runtime.flags import ArgumentParser, between, non_negative, positive
 from tools.plots import drawing
 from utils import UserError, run_command

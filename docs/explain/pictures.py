@@ -13,7 +13,7 @@ from data import shapes
 from models.retinanet import make_anchor_generator
 from tools import anchor_fit
 from tools.plots import drawing
-from tools.plots.method import COLOURS, Scene, make_scene
+from tools.plots.method import COLOURS, WIDTH, Scene, make_scene
 
 SIZE = (800, 1216)  # (H, W) of the pages' image: the shorter side is the recipe's, padding is none
 # What the pages' image shows: class, centre and side in pixels. The three small circles overlap,
@@ -70,7 +70,7 @@ def best_overlap(width: float, height: float, count: int = 23) -> np.ndarray:
 
 def draw_coverage() -> Figure:
     """Plot the best IoU of an anchor with a box over the box's size, for three shapes of box."""
-    figure = drawing.new_figure(8, 3.6)
+    figure = drawing.new_figure(WIDTH, 4.4)
     axes = figure.subplots()
     sides = np.geomspace(6, 1200, 160)
     for ratio, colour in ((1, COLOURS[4]), (2, COLOURS[2]), (4, COLOURS[5])):
@@ -82,7 +82,7 @@ def draw_coverage() -> Figure:
         )
     for threshold, text in ((0.5, "foreground from 0.5"), (0.4, "background below 0.4")):
         axes.axhline(threshold, color="black", linewidth=0.8, linestyle=":")
-        axes.text(6, threshold + 0.012, text, fontsize=9)
+        axes.text(6, threshold + 0.012, text)
     axes.set_xscale("log")
     ticks = [8, 16, 32, 64, 128, 256, 512, 1024]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -32,6 +32,9 @@ CLASSES = 91  # that torchvision's COCO models score: labels 0 to 90
 PRIOR = 0.01  # of a class at an anchor, in an untrained head: section 4.1 of the paper
 LEVELS = ("P3", "P4", "P5", "P6", "P7")
 GRAY = "#555555"
+# A page shows a picture in about 1,000 of its own pixels, so 11.5 points are its body's 16 pixels;
+# a sharp screen has two pixels for each of them.
+WIDTH, DPI = 10, 200
 MOST_OUTLINED = 600  # anchors in a panel of assignment: more hide the image
 MOST_DRAWN = 50  # boxes in a panel of detections
 COLOURS = tuple(colour for colour in drawing.PALETTE if colour != "#FFFFFF")
@@ -54,6 +57,15 @@ class Scene:
     labels: Tensor
     feature_sizes: tuple[tuple[int, int], ...]
     anchors: Tensor
+
+    def spacing(self) -> list[tuple[int, int]]:
+        """Return how far apart the cells of each level are, (down, across), in pixels.
+
+        torchvision divides the image by the feature map and rounds down, so it is less than the
+        stride where a feature map has been rounded up.
+        """
+        height, width = self.image.shape[1:]
+        return [(height // rows, width // columns) for rows, columns in self.feature_sizes]
 
     def level_of_anchor(self) -> Tensor:
         """Return the level, 0 to 4, of each anchor, int64 `[A]`."""
@@ -163,7 +175,7 @@ def first_losses(scene: Scene, probability: float) -> dict[str, tuple[float, flo
 
 def _panel(axes: Any, image: Tensor, title: str) -> None:
     axes.imshow(image.permute(1, 2, 0).numpy())
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=11.5, loc="left")
     axes.set_axis_off()
 
 
@@ -180,11 +192,11 @@ def _outline_objects(axes: Any, scene: Scene, width: float = 2) -> None:
 
 
 def _sheet(image: Tensor, rows: int, columns: int) -> Any:
-    """Return a figure of 1,000 px and its axes, with the shape of the image."""
+    """Return a figure of `WIDTH` inches and its axes, with the shape of the image."""
     height, width = image.shape[1:]
-    tall = rows * (10 / columns * height / width + 0.45)
+    tall = rows * (WIDTH / columns * height / width + 0.5)
     layout = ConstrainedLayoutEngine(h_pad=0.1)  # inches: less cuts the first titles
-    figure = Figure(figsize=(10, min(tall, 14)), dpi=100, layout=layout)
+    figure = Figure(figsize=(WIDTH, min(tall, 14)), dpi=DPI, layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False).flatten()
 
 
@@ -196,13 +208,13 @@ def draw_anchors(scene: Scene) -> Figure:
     for level, (rows, columns) in enumerate(scene.feature_sizes):
         anchors = scene.anchors[levels == level].reshape(rows, columns, -1, 4)
         nine = anchors[rows // 2, columns // 2]
-        stride = 8 * 2**level
+        down, across = scene.spacing()[level]
         size = nine[:, 2:] - nine[:, :2]
         squares = size[size[:, 0] == size[:, 1], 0]
         _panel(
             axes[level],
             scene.image // 2 + 64,
-            f"{LEVELS[level]}: {rows} × {columns} cells of {stride} px,\n"
+            f"{LEVELS[level]}: {rows} × {columns} cells of {down} × {across} px,\n"
             f"square anchors of {squares.min():.0f} to {squares.max():.0f} px",
         )
         axes[level].set_xlim(0, width)
@@ -347,7 +359,7 @@ def _draw_window(axes: Any, scene: Scene, assigned: Tensor, window: Tensor) -> N
 def draw_coding(scene: Scene) -> Figure:
     """Draw a box, one of its anchors, and the four numbers that lead from one to the other."""
     box, anchor, code, iou = coding_example(scene)
-    figure = drawing.new_figure(10, 4)
+    figure = Figure(figsize=(WIDTH, 4), dpi=DPI, layout="constrained")
     axes, text = figure.subplots(1, 2, width_ratios=(1, 1.2))
     _panel(axes, scene.image // 2 + 64, f"an anchor and the box it belongs to, IoU {iou:.2f}")
     low, high = torch.minimum(box[:2], anchor[:2]), torch.maximum(box[2:], anchor[2:])
@@ -378,14 +390,16 @@ def draw_coding(scene: Scene) -> Figure:
         "decoded: " + ", ".join(f"{value:.1f}" for value in back),
     )
     text.set_axis_off()
-    text.text(0, 0.5, "\n".join(lines), family="DejaVu Sans Mono", fontsize=9, va="center")
+    text.text(0, 0.5, "\n".join(lines), family="DejaVu Sans Mono", fontsize=10, va="center")
     return figure
 
 
 def draw_focal(scene: Scene) -> Figure:
-    """Plot the focal loss against cross entropy, and both summed over the anchors of the image."""
-    figure = drawing.new_figure(10, 4)
-    curve, bars = figure.subplots(1, 2)
+    """Plot the focal loss against cross entropy, its gradient, and the first loss of the image."""
+    figure = Figure(figsize=(WIDTH, 7.6), dpi=DPI, layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "gradient"], ["first", "first"]])
+    curve, bars = panels["loss"], panels["first"]
+    _draw_gradients(panels["gradient"])
     p = np.linspace(0.001, 1, 1000)
     for gamma, colour in zip((0, 0.5, 1, 2, 5), COLOURS[:3] + COLOURS[4:], strict=False):
         name = "γ = 0, cross entropy" if gamma == 0 else f"γ = {gamma:g}"
@@ -409,7 +423,7 @@ def draw_focal(scene: Scene) -> Figure:
         bars.barh(heights - offset, values, 0.38, color=shade, label=f"{name} terms")
         for height, value in zip(heights - offset, values, strict=True):
             number = f"{value:,.0f}" if value >= 100 else f"{value:,.2f}"
-            bars.text(value * 1.2, height, number, va="center", fontsize=9)
+            bars.text(value * 1.2, height, number, va="center")
     bars.set_xscale("log")
     bars.set_xlim(0.005, 30 * max(max(pair) for _, pair in rows))
     bars.set_yticks(heights, [label for label, _ in rows])
@@ -417,6 +431,33 @@ def draw_focal(scene: Scene) -> Figure:
     bars.set_xlabel("first loss of this image, per foreground anchor")
     bars.legend(loc="lower right")
     return figure
+
+
+def _draw_gradients(axes: Any) -> None:
+    """Plot the gradient of both losses by the logit, for an absent class and for a present one.
+
+    The focal loss has its α here, as in training.
+    """
+    logits = torch.linspace(-8, 8, 200, dtype=torch.float64, requires_grad=True)
+    both = torch.stack([logits, logits])[:, :, None]  # [2, 200, 1]: absent, present
+    is_there = torch.tensor([[False], [True]]).expand(2, 200)
+    losses = retinanet.focal_loss(both, torch.zeros(2, 200, dtype=torch.int64), is_there)
+    p = logits.detach().sigmoid()
+    for name, loss, entropy, colour in (
+        ("absent class", losses[0], p, COLOURS[4]),
+        ("present class", losses[1], 1 - p, COLOURS[0]),
+    ):
+        (slope,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+        style = {"color": colour, "linewidth": 1.3}
+        axes.plot(logits.detach(), entropy, linestyle="--", label=f"{name}, cross entropy", **style)
+        axes.plot(logits.detach(), slope.abs(), label=f"{name}, focal loss", **style)
+    axes.axvline(math.log(PRIOR / (1 - PRIOR)), color=GRAY, linewidth=0.8, linestyle=":")
+    axes.text(-4.8, 1e-5, f"p = {PRIOR:g}", color=GRAY, ha="right")
+    axes.set_yscale("log")
+    axes.set_ylim(3e-8, 2)
+    axes.set_xlabel("logit")
+    axes.set_ylabel("size of the gradient")
+    axes.legend(fontsize=9, loc="lower center")
 
 
 @dataclass(frozen=True)
