@@ -30,7 +30,7 @@ import coco_utils
 import engine
 import presets
 import utils
-from data import coco_json, formats, locate
+from data import coco_json, conversion, locate
 from data.loading import make_loader
 from data.splits import PATHS, data_paths, read_splits
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
@@ -78,7 +78,7 @@ def build_parser() -> ArgumentParser:
 def _add_data_flags(parser: ArgumentParser) -> None:
     # What the data holds is compared on a resume, not where it lies.
     add = parser.group("data and detector")
-    layouts = ("coco", "shapes", *formats.LAYOUTS)
+    layouts = ("coco", "shapes", *conversion.LAYOUTS)
     add(
         "--dataset",
         choices=layouts,
@@ -468,7 +468,7 @@ def check_flags(args: argparse.Namespace) -> None:
         needed = PATHS[2:] if args.test_only else PATHS
         if not all(getattr(args, name) for name in needed):
             raise UserError("--data-path is missing: a folder in COCO layout, or --dataset shapes")
-    if args.dataset in formats.LAYOUTS and not args.data_path:
+    if args.dataset in conversion.LAYOUTS and not args.data_path:
         raise UserError(f"--data-path is missing: the folder for --dataset {args.dataset}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UserError("--tensorboard: the package is missing; pip install -e '.[tensorboard]'")

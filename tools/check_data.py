@@ -37,7 +37,7 @@ from tqdm import tqdm
 import coco_utils
 import utils
 from data import cache as data_cache
-from data import coco_json, formats
+from data import coco_json, conversion
 from data.coco_json import Annotations, Finding
 from runtime.flags import non_negative, positive
 from utils import UserError, run_command
@@ -75,7 +75,7 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         findings = findings + [f for f in found if f.what not in kinds] + opened
         findings += locate.boxes_findings(packed, for_training=name == "train")
     rules = {finding.what for finding in findings}
-    kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
+    kept = [f for f in conversion.kept_findings(annotations) if f.what not in rules]
     findings = kept + findings
     return Split(name, images, annotations, packed, findings)
 
@@ -273,7 +273,9 @@ def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
 def build_parser() -> argparse.ArgumentParser:
     """Declare the flags; those that say where the data is are `train.py`'s."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--dataset", choices=("coco", "shapes", *formats.LAYOUTS), default="coco")
+    parser.add_argument(
+        "--dataset", choices=("coco", "shapes", *conversion.LAYOUTS), default="coco"
+    )
     parser.add_argument("--data-path", type=Path, help="COCO, VOC or YOLO folder")
     for name in PATHS:
         parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
