@@ -91,6 +91,8 @@ def read(layout: Layout, root: Path) -> tuple[dict[str, list[Sample]], list[str]
         UserError: lists every error in all of them.
     """
     rows = {name: layout.read(split) for name, split in layout.splits.items()}
+    for image in sorted({s.image for s in rows["train"]} & {s.image for s in rows.get("val", [])}):
+        layout.splits["val"].findings.add("images that are in train and val", image)
     findings = [finding for split in layout.splits.values() for finding in split.findings.as_list()]
     errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
     if errors:

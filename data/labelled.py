@@ -49,7 +49,7 @@ _WARNINGS = {
     "a single VOC folder below": "it is used",
     "paths in the YAML file that are not here": "read relative to the YAML file",
     "paths with a backslash": "read as /",
-    "no val in the YAML file": "test is used",
+    "no val in the YAML file": "validation, valid or test is used",
     "images without a label file": "used as images without objects",
     "label files without an image": "not used",
     "polygons": "their extent is the box",

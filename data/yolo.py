@@ -63,7 +63,7 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
             found = _resolve(text, bases, findings)
             if found is None:
                 folders = " or ".join(map(str, bases))
-                raise UserError(f"{path}: {split}: {text!r} does not exist below {folders}")
+                raise UserError(f"{path}: {split}: {text!r} is not in {folders}; correct it")
             sources.append(found)
             if found.is_dir():
                 images += images_below(found, findings)

@@ -482,6 +482,114 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ("red", "blue"),
         {},
     ),
+    "VOC, BOM and CRLF": (
+        both(
+            in_files(XML, lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+            in_files("ImageSets/Main/*.txt", lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, .XML": (rename(XML, ".xml", ".XML"), ("red", "blue"), {}),
+    "VOC, .XML in folders": (
+        both(side_by_side, rename("*/*.xml", ".xml", ".XML")),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, a list with suffix .xml and folders": (
+        put("ImageSets/Main/train.txt", "Annotations/t0.xml\nJPEGImages\\t1.png\n./t2\n"),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, a folder of each split below images/ and annotations/": (
+        both(
+            rename("JPEGImages/t*", "JPEGImages", "images/train"),
+            rename("JPEGImages/v*", "JPEGImages", "images/val"),
+            rename("Annotations/t*", "Annotations", "annotations/train"),
+            rename("Annotations/v*", "Annotations", "annotations/val"),
+            lambda root: shutil.rmtree(root / "ImageSets"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, <filename> is a path of Windows": (
+        replace(XML, "<filename>", "<filename>C:\\me\\"),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, hidden files of macOS and Jupyter": (
+        both(
+            in_split_folders,
+            put("train/images/._t1.png", "x"),
+            put("train/annotations/._t1.xml", "x"),
+            put("train/images/.ipynb_checkpoints/t1.png", "x"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, an image in both lists": (
+        both(
+            rename("JPEGImages/t2.png", "t2", "v2"),
+            rename("Annotations/t2.xml", "t2", "v2"),
+            put("ImageSets/Main/train.txt", "t0\nt1\nv2"),
+            put("ImageSets/Main/val.txt", "v2\nv3"),
+        ),
+        ("red", "blue"),
+        {"images that are in train and val": 1},
+    ),
+    "BOM and CRLF": (
+        both(
+            in_files(LABELS, lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+            in_files("data.yaml", lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "BOM and CRLF in classes.txt": (
+        both(classes_txt, in_files("classes.txt", lambda t: t.replace("\n", "\r\n"), "utf-8-sig")),
+        ("red", "blue"),
+        {},
+    ),
+    ".TXT": (rename(LABELS, ".txt", ".TXT"), ("red", "blue"), {}),
+    "folders below images/train": (
+        both(
+            rename("images/train/t2.png", "train", "train/a/b"),
+            rename("labels/train/t2.txt", "train", "train/a/b"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "data.yaml in a folder of its own": (
+        both(
+            rename("data.yaml", "data", "config/data"),
+            yaml_of("[red, blue]", "train: ../images/train\nval: ../images/val\n"),
+            rename("data.yaml", "data", "config/data"),
+            lambda root: (root / "data.yaml").symlink_to("config/data.yaml"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "labels are links": (
+        both(
+            rename(LABELS, "labels", "blobs"),
+            lambda root: [
+                write_link(root / "labels" / p.parent.name / p.name, p)
+                for p in root.glob("blobs/*/*")
+            ],
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "the key validation": (
+        yaml_of("[red, blue]", "train: images/train\nvalidation: images/val\ntest: images/test\n"),
+        ("red", "blue"),
+        {"no val in the YAML file": 1},
+    ),
+    "hidden files of macOS": (
+        both(put("images/train/._t1.png", "x"), put("labels/train/._t1.txt", "x")),
+        ("red", "blue"),
+        {},
+    ),
     "keypoints behind the box": (
         both(
             per_line(lambda line: line + " 0.1 0.2 2 0.3 0.4 1"),
@@ -491,6 +599,11 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         {"label lines with keypoints": 10},
     ),
 }
+
+
+def write_link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
 
 
 def layout_of(case: str, edit: Edit, tmp_path: Path) -> tuple[str, Path]:
@@ -556,6 +669,7 @@ CHANGED: dict[str, tuple[Edit, list[Any], dict[str, int]]] = {
         [],
         {"images without a label file": 1},
     ),
+    "an empty label file is an image without objects": (put(LINE, ""), [], {}),
     "six decimals at the border are no finding": (
         put(LINE, "0 0.625001 0.611112 0.750001 0.777778\n"),
         [("red", [30.0, 20.0, 90.0, 70.0])],
@@ -705,7 +819,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "a folder that is not there": (
         yaml_of("[red, blue]", "train: images/nowhere\nval: images/val\n"),
-        ["train: 'images/nowhere' does not exist below"],
+        ["train: 'images/nowhere' is not in .*/data; correct it"],
     ),
     "decimal commas": (
         in_files(LINE, lambda text: text.replace(".", ",")),
@@ -728,6 +842,19 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
         put("images/train/x.heic", "text"),
         [r"of another format.*images/train/x\.heic.*magick"],
     ),
+    "a label file is a link to nothing": (
+        both(lambda root: (root / LINE).unlink(), lambda root: (root / LINE).symlink_to("lost")),
+        [r"label files that cannot be read: labels/train/t1\.txt is missing, or no regular file"],
+    ),
+    "a label line with a track id": (
+        put(LINE, "0 0.5 0.5 0.5 0.4 7\n"),
+        [r"label lines that cannot be read: labels/train/t1\.txt:1 6 numbers"],
+    ),
+    "names that YAML reads as decimals": (yaml_of("[1.0, 2.0]"), ["name 0 is read as 1.0"]),
+    "no YAML file and no classes.txt": (
+        lambda root: (root / "data.yaml").unlink(),
+        ["has no YAML file; give the folder with data.yaml"],
+    ),
     "images share a label file": (
         lambda root: save(root / "images/train/t1.jpg", 1),
         [r"share a label file.*t1\.jpg"],
@@ -744,6 +871,41 @@ def test_what_is_ambiguous_is_refused_with_file_and_fix(case: str, tmp_path: Pat
     for pattern in patterns:
         assert re.search(pattern, str(caught.value)), str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.json"))  # nothing half-made is left to be used
+
+
+PIPES = {
+    "voc": ["Annotations/t1.xml", "ImageSets/Main/train.txt", "JPEGImages/t1.png"],
+    "yolo": [LINE, "data.yaml", "train.txt", "images/train/t1.png"],
+    "classes": [LINE, "classes.txt"],
+}
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize(
+    "layout, file", [(k, file) for k, files in PIPES.items() for file in files]
+)
+def test_pipes_and_devices_are_not_opened(
+    layout: str, file: str, target: str, tmp_path: Path
+) -> None:
+    root = (voc if layout == "voc" else yolo)(tmp_path / "data")
+    if layout == "classes":
+        classes_txt(root)
+    if file == "train.txt":
+        lists_of_files(root)
+    (root / file).unlink()
+    if target == "pipe":
+        os.mkfifo(root / file)
+    else:
+        (root / file).symlink_to(target)
+    if file.startswith("images"):
+        boxes, found = read("yolo", root)
+        assert "t1.png" not in boxes["train"] and warned(found) == {
+            "label files without an image": 1
+        }
+        return
+    with pytest.raises(UserError) as caught:
+        read("voc" if layout == "voc" else "yolo", root)
+    assert Path(file).stem in str(caught.value) or "has no YAML file" in str(caught.value)
 
 
 def test_all_errors_of_both_splits_are_listed_at_once(tmp_path: Path) -> None:
@@ -1021,6 +1183,35 @@ def test_convert_keeps_the_split_of_each_layout(tmp_path: Path) -> None:
     assert not (tmp_path / "b/train2017/t0.png").is_symlink()
     with pytest.raises(UserError, match="is there already"):
         convert.main(["coco", str(tmp_path / "b"), str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo"])
+def test_convert_splits_by_the_lists_of_the_user(layout: str, tmp_path: Path) -> None:
+    root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
+    names = ["t0", "v3", "v4"], ["t1"]
+    if layout == "yolo":
+        folder = {"t": "images/train", "v": "images/val"}
+        names = tuple([f"{folder[n[0]]}/{n}.png" for n in split] for split in names)
+    write(root / "ImageSets/Main/mine.txt", "\n".join(names[0]))
+    write(tmp_path / "held_out.txt", "\n".join(names[1]))
+    lists = ["--train-list", "mine" if layout == "voc" else "ImageSets/Main/mine.txt"]
+    command = [layout, str(root), str(tmp_path / "a"), *lists]
+    convert.main([*command, "--val-list", str(tmp_path / "held_out.txt")])
+    boxes = converted(tmp_path / "a")
+    assert {split: sorted(rows) for split, rows in boxes.items()} == {
+        "train": ["t0.png", "v3.png", "v4.png"]
+        if layout == "voc"
+        else ["train/t0.png", "val/v3.png", "val/v4.png"],
+        "val": ["t1.png"],
+    }
+    assert boxes["val"]["t1.png"][1] == ("blue", BLUE)
+    command[2] = str(tmp_path / "b")
+    convert.main(command)  # draws val from the list
+    assert [len(rows) for rows in converted(tmp_path / "b").values()] == [2, 1]
+    with pytest.raises(UserError, match="--train-list is needed beside --val-list"):
+        convert.main([layout, str(root), str(tmp_path / "c"), "--val-list", "mine"])
+    with pytest.raises(UserError, match="nowhere"):
+        convert.main([layout, str(root), str(tmp_path / "c"), "--train-list", "nowhere"])
 
 
 @pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])

@@ -40,7 +40,8 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
     for split, folders in (("train", ["train"]), ("val", ["val", "valid"])):
         paths = [root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", "")]
         paths += [root / folder / "_annotations.coco.json" for folder in folders]
-        files |= dict([(split, path) for path in paths if path.is_file()][:1])
+        paths = [path for path in paths if path.is_file()]
+        files |= {split: paths[0]} if paths else {}
     if "train" not in files:
         paths = sorted(path for path in root.rglob("*.json") if path.is_file())
         if len(paths) != 1:
@@ -218,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--group-by {flags.group_by} is no regular expression: {error}") from None
     folder = Path(os.path.abspath(flags.folder))
     lists = {"train": flags.train_list, "val": flags.val_list}
-    lists = {split: path for split, path in lists.items() if path}
+    lists = {s: path.absolute() if path.exists() else path for s, path in lists.items() if path}
     if lists and (flags.layout == "coco" or "train" not in lists):
         raise UserError("--train-list is needed beside --val-list, and neither is for coco")
     if flags.layout == "coco":
