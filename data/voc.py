@@ -34,7 +34,7 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     """Find splits as in VOC2012 (ImageSets/Main), or in folders of images and XML files.
 
     Args:
-        chosen: lists by split, of the user: files, or names of lists in ImageSets/Main.
+        chosen: the user's lists by split: files, or names of lists in ImageSets/Main.
 
     Raises:
         UserError: if there are several VOC folders, or no XML files.

@@ -27,7 +27,7 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
 
     Args:
         root: the folder, or its YAML file.
-        chosen: lists of images by split, of the user, in place of those in the YAML file.
+        chosen: the user's lists of images by split; they replace those in the YAML file.
 
     Raises:
         UserError: if names or images are missing or ambiguous.
@@ -48,8 +48,8 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
         findings.add("no val in the YAML file", path, f" has {val}")
     bases = [base]
     if folder := str(config.get("path") or "").strip():
-        if found := _resolve(folder, bases, findings):
-            bases.insert(0, found)
+        if data_folder := _resolve(folder, bases, findings):
+            bases.insert(0, data_folder)
         else:
             findings.add("paths in the YAML file that are not here", folder)
     entries = {"train": _entries(config, "train", path), "val": _entries(config, val, path)}
@@ -60,15 +60,15 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     for split, texts in entries.items():
         images = list[Path]()
         for text in texts:
-            found = _resolve(text, bases, findings)
-            if found is None:
+            source = _resolve(text, bases, findings)
+            if source is None:
                 folders = " or ".join(map(str, bases))
                 raise UserError(f"{path}: {split}: {text!r} is not in {folders}; correct it")
-            sources.append(found)
-            if found.is_dir():
-                images += images_below(found, findings)
+            sources.append(source)
+            if source.is_dir():
+                images += images_below(source, findings)
             else:
-                images += _listed(found, bases, findings)
+                images += _listed(source, bases, findings)
         if texts:
             splits[split] = _pair(images, f"{path}: {split}: {texts}", findings)
         findings = Findings(base)

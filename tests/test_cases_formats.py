@@ -1246,6 +1246,26 @@ def test_convert_draws_a_split_where_there_is_none(layout: str, tmp_path: Path) 
         assert about.categories == ((3, "red"), (7, "blue"))  # ids stay
 
 
+def test_convert_takes_coco_images_that_share_a_file(tmp_path: Path) -> None:
+    """c51: one entry of `images` for each box."""
+    convert.main(["yolo", str(yolo(tmp_path / "data")), str(tmp_path / "a")])
+    for path in (tmp_path / "a" / "annotations").iterdir():
+        document = json.loads(path.read_text())
+        images = {image["id"]: image for image in document["images"]}
+        boxes = document["annotations"]
+        document["images"] = [images[box["image_id"]] | {"id": box["id"]} for box in boxes]
+        document["annotations"] = [box | {"image_id": box["id"]} for box in boxes]
+        path.write_text(json.dumps(document))
+    for options in ([], ["--copy"]):
+        output = tmp_path / f"out{len(options)}"
+        convert.main(["coco", str(tmp_path / "a"), str(output), *options])
+        document = json.loads((output / "annotations/instances_val2017.json").read_text())
+        names = [image["file_name"] for image in document["images"]]
+        assert names == ["v3.png", "v3.png", "v4.png", "v4.png"]
+        boxes = [box["bbox"] for box in document["annotations"]]
+        np.testing.assert_allclose(boxes, [red(3), BLUE, red(4), BLUE], rtol=0, atol=1e-3)
+
+
 def test_frames_of_one_video_stay_together(tmp_path: Path) -> None:
     samples = [
         labelled.Sample(Path(f"/x/video{v}_{f}.jpg"), (90, 120)) for v in range(5) for f in range(4)

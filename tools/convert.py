@@ -45,10 +45,9 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
     if "train" not in files:
         paths = sorted(path for path in root.rglob("*.json") if path.is_file())
         if len(paths) != 1:
+            usual = "annotations/instances_{train,val}2017.json"
             raise UserError(
-                f"{root} has {len(paths)} JSON files; give a folder with one, with "
-                "annotations/instances_{train,val}2017.json, or with "
-                "{train,valid}/_annotations.coco.json"
+                f"{root} has {len(paths)} JSON files; give a folder with one, or {usual}"
             )
         files = {"train": paths[0]}
     located = {split: _locate(path, root, split) for split, path in files.items()}
@@ -58,16 +57,15 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
         if extra:
             raise UserError(f"{files['val']} has classes that train has not: {sorted(extra)[:10]}")
         _warn("val", locate.overlap_findings(located["train"], located["val"]))
-    return {split: _samples(*found) for split, found in located.items()}, categories
+    return {split: _samples(*split_files) for split, split_files in located.items()}, categories
 
 
 def _locate(path: Path, root: Path, split: str) -> tuple[coco_json.Annotations, Path]:
     """Read a COCO JSON file; return it with the folder that has the most of its images."""
     annotations, findings = coco_json.read_annotations(path)
     folders = [root / f"{split}2017", path.parent, root / split, root / "images", root]
-    located = {
-        folder: locate.locate_images(annotations, folder) for folder in folders if folder.is_dir()
-    }
+    folders = [folder for folder in folders if folder.is_dir()]
+    located = {folder: locate.locate_images(annotations, folder) for folder in folders}
 
     def count_missing(folder: Path) -> int:
         return sum(f.count for f in located[folder][1] if f.what == "image files missing")
@@ -115,24 +113,20 @@ def split_samples(
     groups: dict[str, list[Sample]] = {}
     unmatched = []
     for sample in samples:
-        key = os.fspath(sample.image)
-        if group_by:
-            match = re.search(group_by, sample.image.name)
-            if match is None:
-                unmatched.append(sample.image.name)
-                continue
-            key = match[min(match.re.groups, 1)] or ""
-        groups.setdefault(key, []).append(sample)
+        match = re.search(group_by or "", sample.image.name)
+        if match is None:
+            unmatched.append(sample.image.name)
+            continue
+        key = match[min(match.re.groups, 1)] if group_by else os.fspath(sample.image)
+        groups.setdefault(key or "", []).append(sample)
     if unmatched:
         raise UserError(
             f"--group-by {group_by} does not match {len(unmatched)} of {len(samples)} file names, "
             f"such as {unmatched[0]!r}; correct it"
         )
     if len(groups) < 2:
-        raise UserError(
-            f"{len(samples)} images in {len(groups)} group{'s' * (len(groups) != 1)} cannot be "
-            "split; two are needed, see --group-by"
-        )
+        count = f"{len(samples)} images in {len(groups)} group{'s' * (len(groups) != 1)}"
+        raise UserError(f"{count} cannot be split; two are needed, see --group-by")
     keys = sorted(groups)
     random.Random(seed).shuffle(keys)
     splits: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -164,13 +158,13 @@ def write(
         (unfinished / "annotations").mkdir(parents=True)
         for split, rows in samples.items():
             root = Path(os.path.commonpath([os.fspath(sample.image.parent) for sample in rows]))
-            for sample in rows:
-                path = unfinished / f"{split}2017" / os.path.relpath(sample.image, root)
+            for image in {sample.image for sample in rows}:  # COCO images may share a file
+                path = unfinished / f"{split}2017" / os.path.relpath(image, root)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if copy:
-                    shutil.copyfile(sample.image, path)
+                    shutil.copyfile(image, path)
                 else:
-                    path.symlink_to(sample.image)
+                    path.symlink_to(image)
             document = conversion.as_coco(rows, root, categories)
             path = unfinished / "annotations" / f"instances_{split}2017.json"
             path.write_text(json.dumps(document), encoding="utf-8")
@@ -188,22 +182,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("layout", choices=(*conversion.LAYOUTS, "coco"), help="of FOLDER")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for YOLO, or its YAML file")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder")
-    parser.add_argument(
-        "--val-share", type=float, default=0.2, help="of the images, where val is missing"
-    )
+    parser.add_argument("--val-share", type=float, default=0.2, help="of images, if val is missing")
     parser.add_argument("--seed", type=int, default=0, help="of the draw for val")
-    parser.add_argument(
-        "--group-by",
-        metavar="REGEX",
-        help="images with the same match in their names stay together",
-    )
+    together = "images with the same match in their names stay together"
+    parser.add_argument("--group-by", metavar="REGEX", help=together)
     for split in SPLITS:
-        parser.add_argument(
-            f"--{split}-list",
-            type=Path,
-            metavar="FILE",
-            help=f"list of the images of {split}, for VOC and YOLO; or the name of a VOC list",
-        )
+        text = f"list of the images of {split}, for VOC and YOLO; or the name of a VOC list"
+        parser.add_argument(f"--{split}-list", type=Path, metavar="FILE", help=text)
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
     return parser
 
