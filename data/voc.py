@@ -40,17 +40,18 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
         UserError: if there are several VOC folders, or no XML files.
     """
     paths = [*root.glob("ImageSets/*.txt"), *root.glob("ImageSets/Main/*.txt")]
-    lists = {path.stem: path for path in paths}
+    all_lists = {path.stem: path for path in paths}
+    lists = {split: all_lists.get(str(path), path) for split, path in chosen.items()}
+    lists = lists or {name: path for name, path in all_lists.items() if (name,) in _CHOICES}
     inner = [*root.glob("*/ImageSets"), *root.glob("VOCdevkit/*/ImageSets")]
     inner = sorted(path.parent for path in inner)
-    if not lists and len(inner) > 1:
+    if not all_lists and len(inner) > 1:
         folders = ", ".join(map(str, inner))
         raise UserError(f"{root} holds several VOC folders; give one of them: {folders}")
-    if not lists and inner:
+    if not all_lists and inner:
         layout = find(inner[0], chosen)
         layout.splits["train"].findings.add("a single VOC folder below", inner[0])
         return layout
-    lists = {split: lists.get(str(path), path) for split, path in chosen.items()} or lists
     sources: Any = lists or _split_folders(root)
     choice = next((names for names in _CHOICES if sources.keys() >= set(names)), ())
     splits = {

@@ -512,6 +512,11 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ("red", "blue"),
         {},
     ),
+    "VOC, lists of single classes beside folders": (
+        both(in_split_folders, put("ImageSets/Main/red_train.txt", "t0 1\n")),
+        ("red", "blue"),
+        {},
+    ),
     "VOC, <filename> is a path of Windows": (
         replace(XML, "<filename>", "<filename>C:\\me\\"),
         ("red", "blue"),
@@ -1205,6 +1210,12 @@ def test_convert_splits_by_the_lists_of_the_user(layout: str, tmp_path: Path) ->
         "val": ["t1.png"],
     }
     assert boxes["val"]["t1.png"][1] == ("blue", BLUE)
+    if layout == "voc":  # also where the VOC folder lies below
+        (tmp_path / "devkit").mkdir()
+        root.rename(tmp_path / "devkit" / "VOC2007")
+        command[1:3] = str(tmp_path / "devkit"), str(tmp_path / "d")
+        convert.main(command)
+        root = tmp_path / "devkit"
     command[2] = str(tmp_path / "b")
     convert.main(command)  # draws val from the list
     assert [len(rows) for rows in converted(tmp_path / "b").values()] == [2, 1]
