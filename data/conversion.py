@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,8 @@ def read(layout: Layout, root: Path) -> tuple[dict[str, list[Sample]], list[str]
     errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
     if errors:
         raise UserError("\n  ".join([f"{root} cannot be used", *errors]))
-    return rows, layout.names or class_names(rows.values())
-
-
-def class_names(splits: Iterable[Sequence[Sample]]) -> list[str]:
-    """Return the names of all classes that occur, sorted."""
-    return sorted({name for rows in splits for sample in rows for name in sample.classes})
+    names = {name for samples in rows.values() for sample in samples for name in sample.classes}
+    return rows, layout.names or sorted(names)
 
 
 def as_coco(
