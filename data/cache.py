@@ -101,9 +101,10 @@ def _holds(place: Path, key: Any) -> bool:
 
 
 def _hashes(place: Path) -> dict[str, str]:
-    """Return a hash of each file in a folder, but for the one that keeps the hashes."""
-    files = sorted(path for path in place.iterdir() if path.name != _WRITTEN)
-    return {path.name: _hash(path) for path in files}
+    """Return a hash of each file below a folder, but for the one that keeps the hashes."""
+    files = sorted(path for path in place.rglob("*") if not path.is_dir())
+    names = {path.relative_to(place).as_posix(): path for path in files}
+    return {name: _hash(path) for name, path in names.items() if name != _WRITTEN}
 
 
 def _hash(path: Path) -> str:

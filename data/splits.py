@@ -7,7 +7,7 @@ from pathlib import Path
 
 import utils
 from data import cache as data_cache
-from data import coco_json, formats, locate, shapes
+from data import coco_json, conversion, locate, shapes
 from utils import UserError, logger
 
 
@@ -24,8 +24,8 @@ def data_paths(
     paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
     for split in ("train", "val"):
         paths[f"{split}_annotations"] = folder / "annotations" / f"instances_{split}2017.json"
-    if dataset in formats.LAYOUTS:
-        paths = formats.coco_paths(dataset, folder)
+    if dataset in conversion.LAYOUTS:
+        paths = conversion.coco_paths(dataset, folder)
     return paths | {name: path for name, path in overrides.items() if path is not None}
 
 
@@ -49,7 +49,7 @@ def read_splits(
             continue
         try:
             packed, findings = data_cache.examine(annotations)
-            findings = formats.kept_findings(annotations) + findings
+            findings = conversion.kept_findings(annotations) + findings
             if packed is not None:
                 packed, more = locate.locate_images(packed, images)
                 findings = findings + more

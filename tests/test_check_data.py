@@ -19,7 +19,7 @@ from PIL import Image
 from test_coco_json import annotation, valid
 from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
-from data import coco_json, formats
+from data import coco_json, labelled
 from tools import check_data
 from utils import UserError
 
@@ -217,4 +217,4 @@ def test_the_documentation_lists_every_rule_as_it_is() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     rules = {row[0]: (row[1], row[2]) for row in rows if row[1] in ("error", "warning")}
-    assert rules == coco_json.RULES | formats.RULES
+    assert rules == coco_json.RULES | labelled.RULES

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import coco_utils
 import utils
 from data import cache as data_cache
-from data import coco_json, formats, image_files, locate
+from data import coco_json, conversion, image_files, locate
 from data.coco_json import Annotations, Finding
 from data.splits import data_paths
 from data.worker_processes import end_with_parent, start_worker_server
@@ -74,7 +74,7 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         findings = findings + [f for f in missing if f.what not in kinds] + opened
         findings += locate.boxes_findings(packed, for_training=name == "train")
     rules = {finding.what for finding in findings}
-    kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
+    kept = [f for f in conversion.kept_findings(annotations) if f.what not in rules]
     findings = kept + findings
     return Split(name, images, annotations, packed, findings)
 
