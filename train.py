@@ -30,7 +30,7 @@ import coco_utils
 import engine
 import presets
 import utils
-from data import coco_json, formats, locate
+from data import checks, coco_arrays, formats
 from data.loading import make_loader
 from data.splits import PATHS, data_paths, read_splits
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
@@ -538,8 +538,8 @@ def evaluation_of(
 
 
 def with_classes(
-    annotations: coco_json.Annotations, label_map: Sequence[dict[str, Any]] | None
-) -> coco_json.Annotations:
+    annotations: coco_arrays.Annotations, label_map: Sequence[dict[str, Any]] | None
+) -> coco_arrays.Annotations:
     """Return `annotations`, with the classes of a checkpoint if they name none.
 
     Raises:
@@ -608,12 +608,12 @@ def training_data(
 
 
 def data_changes(
-    saved: dict[str, Any], train: coco_json.Annotations, val: coco_json.Annotations
+    saved: dict[str, Any], train: coco_arrays.Annotations, val: coco_arrays.Annotations
 ) -> dict[str, Callable[[], str]]:
     """Return what says how the data differs from that of a checkpoint; `saved` as it remembers."""
     splits = {"data": ("training data", train), "val_data": ("validation data", val)}
     return {
-        key: functools.partial(coco_json.differences, name, saved.get(key), annotations)
+        key: functools.partial(coco_arrays.differences, name, saved.get(key), annotations)
         for key, (name, annotations) in splits.items()
     }
 
@@ -647,7 +647,7 @@ def main(args: argparse.Namespace) -> int:
             coco_utils.match_classes(label_map, train, str(resume))
         coco_utils.match_classes(label_map, val, str(resume or train.path))
         if not args.test_only and not args.keep_empty:
-            locate.require_boxes(train)
+            checks.require_boxes(train)
 
         # Model
         torch.manual_seed(args.seed)
@@ -656,6 +656,8 @@ def main(args: argparse.Namespace) -> int:
         model = build_model(
             args.model, label_map, resize, not resume, not args.test_only, **options
         )
+        for split in (val, *rest):
+            checks.require_pixels(split, padded_sizes(model, split.sizes))
         model = model.to(processes.device).to(memory_format=MEMORY_FORMATS[args.channels_last])
 
         # Evaluation, which is all there is to do with --test-only
@@ -677,7 +679,7 @@ def main(args: argparse.Namespace) -> int:
             return evaluate_only(model, evaluation, saved, args)
 
         # Training data, in the order of the run
-        keep = None if args.keep_empty else locate.images_with_objects(train)
+        keep = None if args.keep_empty else train.images_with_objects()
         transforms = presets.training_transforms(args.data_augmentation)
         train_set = coco_utils.CocoDetection(
             paths["train_images"], train, label_map, transforms, args.seed, keep

@@ -24,8 +24,8 @@ from xml.etree import ElementTree
 import yaml
 
 from data import cache as data_cache
-from data import coco_json, image_files
-from data.coco_json import Finding
+from data import coco_arrays, coco_rules, image_files
+from data.coco_rules import Finding
 from data.image_files import SUFFIXES, ImageError
 from utils import UserError, file_errors
 
@@ -110,7 +110,7 @@ class Found:
         """Return one finding per rule."""
         return [
             Finding(severity, rule, tuple(self.cases[rule][:10]), len(self.cases[rule]), fix)
-            for rule, (severity, fix) in (coco_json.RULES | RULES).items()
+            for rule, (severity, fix) in (coco_rules.RULES | RULES).items()
             if rule in self.cases
         ]
 
@@ -307,7 +307,7 @@ def _add_box(
     limits = (width, height, width, height)
     clipped = [min(max(value, 0.0), limit) for value, limit in zip(corners, limits, strict=True)]
     x1, y1, x2, y2 = clipped
-    if min(x2 - x1, y2 - y1) < coco_json.MIN_SIDE:
+    if min(x2 - x1, y2 - y1) < coco_arrays.MIN_SIDE:
         found.add("boxes outside of their image", place)
         return
     if max(abs(a - b) for a, b in zip(corners, clipped, strict=True)) > _OVER_BORDER:

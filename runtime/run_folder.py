@@ -27,7 +27,7 @@ import coco_utils
 import engine
 import utils
 from coco_eval import CocoEvaluator
-from data import coco_json
+from data import coco_arrays
 from models.build import mixed_precision
 from runtime import checkpoint, progress
 from utils import Processes, file_errors, logger
@@ -356,7 +356,7 @@ class Run:
             image, _ = data[0, number]
             rows = found[(found[:, 0] == ranks[number]) & (found[:, 5] >= SHOWN_SCORE)]
             texts = [f"{names.get(int(row[6]), '?')} {row[5]:.2f}" for row in rows]
-            boxes = torch.from_numpy(coco_json.to_xyxy(rows[:, 1:5]))
+            boxes = torch.from_numpy(coco_arrays.to_xyxy(rows[:, 1:5]))
             self.tensorboard.add_image_with_boxes(
                 f"validation/{number}", image, boxes, self.state.step, labels=texts
             )

@@ -17,7 +17,7 @@ from conftest import TINY, run_script
 from PIL import Image
 
 from data import cache as data_cache
-from data import coco_json, formats, image_files
+from data import coco_arrays, coco_json, formats, image_files
 from utils import UserError
 
 OBJECT = "<object><name>{}</name><difficult>{}</difficult><bndbox>{}</bndbox></object>"
@@ -72,7 +72,7 @@ def yolo(root: Path) -> Path:
     return root
 
 
-def read(layout: str, root: Path, split: str = "train") -> coco_json.Annotations:
+def read(layout: str, root: Path, split: str = "train") -> coco_arrays.Annotations:
     annotations, findings = coco_json.read_annotations(
         formats.coco_paths(layout, root)[f"{split}_annotations"]
     )
@@ -80,7 +80,7 @@ def read(layout: str, root: Path, split: str = "train") -> coco_json.Annotations
     return annotations
 
 
-def boxes_by_name(annotations: coco_json.Annotations) -> dict[str, list[tuple[str, list[float]]]]:
+def boxes_by_name(annotations: coco_arrays.Annotations) -> dict[str, list[tuple[str, list[float]]]]:
     names = [annotations.categories[i][1] for i in annotations.category_index]
     rows = list(zip(names, annotations.boxes_xywh.tolist(), strict=True))
     return {

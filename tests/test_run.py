@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 import train as train_script
 import utils
-from data import coco_json
+from data import coco_arrays, coco_json
 from runtime import checkpoint
 from runtime import run_folder as run
 from utils import UserError
@@ -131,7 +131,7 @@ def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_pat
 
 
 def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
-    def read(number: int) -> coco_json.Annotations:
+    def read(number: int) -> coco_arrays.Annotations:
         document = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],
             "annotations": [

@@ -10,7 +10,7 @@ boxes or the mean over classes, whichever is lower, as AP is a mean over classes
 
 from __future__ import annotations
 
-from data import locate
+from data import checks, coco_arrays
 from data.splits import PATHS, data_paths, read_splits
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
@@ -26,7 +26,6 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 import coco_utils
 import presets
 import train
-from data import coco_json
 from models.build import BatchTransform, build_model, make_anchor_generator
 from utils import UserError
 
@@ -80,10 +79,10 @@ CHOICES: dict[str, Sequence[float]] = {
 }
 
 
-def boxes_to_cover(annotations: coco_json.Annotations, transform: BatchTransform) -> Boxes:
+def boxes_to_cover(annotations: coco_arrays.Annotations, transform: BatchTransform) -> Boxes:
     """Return the boxes that are trained on, where `transform` puts them."""
-    corners = coco_json.to_xyxy(annotations.boxes_xywh)
-    kept = ~annotations.iscrowd & coco_json.has_extent(corners)
+    corners = coco_arrays.to_xyxy(annotations.boxes_xywh)
+    kept = ~annotations.iscrowd & coco_arrays.has_extent(corners)
     images = annotations.image_of_annotation()[kept]
     sizes = annotations.sizes[images].astype(np.float64)
     corners = np.clip(corners[kept], 0, sizes[:, [1, 0, 1, 0]])
@@ -185,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     overrides = {name: getattr(flags, name) for name in PATHS}
     paths = data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = read_splits(paths, ["train"])
-    for none in locate.boxes_findings(annotations, for_training=True):
+    for none in checks.boxes_findings(annotations, for_training=True):
         raise UserError(f"{annotations.path} has no boxes to fit anchors to: {none.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
     model_flags = parser.values(flags, "model")

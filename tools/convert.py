@@ -9,7 +9,7 @@ OUTPUT gets train2017/, val2017/ and annotations/. Images are links to the origi
 
 from __future__ import annotations
 
-from data import locate
+from data import coco_arrays, coco_rules, locate
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.convert")
@@ -72,7 +72,7 @@ def _coco_files(root: Path, split: str) -> list[Path]:
     ]
 
 
-def _coco_samples(annotations: coco_json.Annotations, root: Path, split: str) -> list[Sample]:
+def _coco_samples(annotations: coco_arrays.Annotations, root: Path, split: str) -> list[Sample]:
     places = [root / f"{split}2017", annotations.path.parent, root / split, root / "images", root]
 
     def count_missing(place: Path) -> int:
@@ -86,7 +86,7 @@ def _coco_samples(annotations: coco_json.Annotations, root: Path, split: str) ->
             f"{', '.join(map(str, places))}; move the images to one of them"
         )
     annotations, found = locate.locate_images(annotations, folder)
-    coco_json.require_no_errors(annotations.path, found)
+    coco_rules.require_no_errors(annotations.path, found)
     samples = []
     for number in range(len(annotations)):
         start, end = annotations.offsets[number : number + 2]

@@ -11,7 +11,7 @@ curves over each other:
 
 from __future__ import annotations
 
-from data import locate
+from data import coco_arrays, locate
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.report")
@@ -64,7 +64,7 @@ class Pictures:
 
     def __init__(
         self,
-        annotations: coco_json.Annotations,
+        annotations: coco_arrays.Annotations,
         images: Path,
         label_map: Sequence[dict[str, Any]],
         detections: np.ndarray,
@@ -131,7 +131,7 @@ class Pictures:
         labels = [
             MISSED if what == "fn" else label for label, what in zip(labels, status, strict=True)
         ]
-        boxes = coco_json.to_xyxy(truth.boxes_xywh[rows])
+        boxes = coco_arrays.to_xyxy(truth.boxes_xywh[rows])
         left = drawing.draw_boxes(image, boxes, labels, texts, self.colours, side=400)
         what = f"{status.count('fn')} of {len(rows) - status.count('crowd')} boxes missed"
         left = drawing.captioned(left, f"image {truth.image_ids[number]}: {what}")
@@ -150,7 +150,7 @@ class Pictures:
         return np.flatnonzero(self.found[:, 0] == self.evaluator.image_rank[number])
 
     def _boxes(self, rows: np.ndarray) -> np.ndarray:
-        return coco_json.to_xyxy(self.found[rows, 1:5])
+        return coco_arrays.to_xyxy(self.found[rows, 1:5])
 
     def _labels(self, rows: np.ndarray) -> list[int]:
         return self.found[rows, 6].astype(int).tolist()

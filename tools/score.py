@@ -23,7 +23,8 @@ import numpy as np
 
 import coco_eval
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
 from utils import UserError, file_errors, run_command
 
 SHOWN = 10  # findings of a kind that a message lists

@@ -17,7 +17,7 @@ draws one step of the method on an image and its boxes, as docs/retinanet.md exp
 
 from __future__ import annotations
 
-from data import image_files, locate
+from data import checks, coco_arrays, image_files
 from data.splits import PATHS, data_paths, read_splits
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
@@ -103,10 +103,10 @@ def draw_batch(argv: list[str]) -> None:
     paths = data_paths(flags.dataset, flags.data_path, overrides)
     (annotations,) = read_splits(paths, ["train"])
     if not flags.keep_empty:
-        locate.require_boxes(annotations)
+        checks.require_boxes(annotations)
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
-    keep = None if flags.keep_empty else locate.images_with_objects(annotations)
+    keep = None if flags.keep_empty else annotations.images_with_objects()
     data = coco_utils.CocoDetection(
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
@@ -159,7 +159,7 @@ def read_boxes(image: Path, annotations: Path) -> tuple[Tensor, Tensor, list[str
         raise UserError(f"{image} {error}") from None
     rows = np.arange(*coco.offsets[found[0] : found[0] + 2])
     rows = rows[~coco.iscrowd[rows]]
-    boxes = torch.from_numpy(coco_json.to_xyxy(coco.boxes_xywh[rows])).float()
+    boxes = torch.from_numpy(coco_arrays.to_xyxy(coco.boxes_xywh[rows])).float()
     return pixels, boxes, [coco.categories[k][1] for k in coco.category_index[rows]]
 
 

@@ -10,7 +10,7 @@ code says now.
 
 from __future__ import annotations
 
-from data import image_files
+from data import coco_arrays, image_files
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m docs.explain")
@@ -103,7 +103,7 @@ def parts() -> list[tuple[str, tuple[int, int], int, int, float, int]]:
 
 
 def count_disputes(
-    annotations: coco_json.Annotations, min_size: int, max_size: int
+    annotations: coco_arrays.Annotations, min_size: int, max_size: int
 ) -> dict[str, int]:
     """Count over a data set what its boxes claim, and in what the two assigners differ.
 
@@ -115,7 +115,7 @@ def count_disputes(
     totals = dict.fromkeys(("images", "boxes", "fg", "claims", "differ", "losers"), 0)
     for i in range(len(annotations)):
         rows = slice(*annotations.offsets[i : i + 2])
-        boxes = coco_json.to_xyxy(annotations.boxes_xywh[rows])[~annotations.iscrowd[rows]]
+        boxes = coco_arrays.to_xyxy(annotations.boxes_xywh[rows])[~annotations.iscrowd[rows]]
         if not len(boxes):
             continue
         height, width = annotations.sizes[i].tolist()

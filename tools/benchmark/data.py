@@ -7,8 +7,6 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
-from data import locate
-
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.benchmark data")
 
@@ -167,7 +165,7 @@ def start_ours(path: Path, cache: Path) -> tuple[dict[str, float], np.ndarray]:
     before, begin = measuring.memory(), time.perf_counter()
     annotations, _ = data_cache.examine(path)
     assert annotations is not None
-    keep = locate.images_with_objects(annotations)
+    keep = annotations.images_with_objects()
     groups = aspect_ratio_groups(annotations.sizes[keep], FACTOR)
     return _figures(before, begin), groups
 
@@ -317,7 +315,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         os.environ["XDG_CACHE_HOME"] = str(cache / "kept")
         annotations, _ = data_cache.examine(path)
         assert annotations is not None
-        keep = locate.images_with_objects(annotations)
+        keep = annotations.images_with_objects()
         label_map = coco_utils.label_categories(annotations.categories)
         data: Any = _Ours(Path(), annotations, label_map, keep=keep)
         groups = aspect_ratio_groups(data.sizes(), FACTOR)

@@ -6,7 +6,7 @@ pycocotools, float images. Both sides flip at random; bare decoding reads the sa
 
 from __future__ import annotations
 
-from data import coco_json
+from data import coco_arrays, coco_json
 from data.loading import make_loader
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
@@ -89,13 +89,13 @@ def _epoch(loader: Iterable[Any], expected: int) -> Callable[[], None]:
     return load
 
 
-def _decode(annotations: coco_json.Annotations, images: Path, keep: np.ndarray) -> None:
+def _decode(annotations: coco_arrays.Annotations, images: Path, keep: np.ndarray) -> None:
     for number in keep.tolist():
         decode_image(str(images / annotations.file_name(number)), ImageReadMode.RGB)
 
 
 def _ours(
-    annotations: coco_json.Annotations, images: Path, keep: np.ndarray, workers: int
+    annotations: coco_arrays.Annotations, images: Path, keep: np.ndarray, workers: int
 ) -> DataLoader:
     """Build the loader of `train.py`, with the recipe's augmentation."""
     data = coco_utils.CocoDetection(

@@ -12,7 +12,7 @@ from matplotlib.gridspec import GridSpec
 
 import coco_utils
 from data import image_files
-from data.coco_json import Annotations
+from data.coco_arrays import Annotations
 from tools.plots import drawing
 
 # RetinaNet's anchors, as torchvision rounds them: sides of the square ones, and height / width.
