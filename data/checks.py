@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.coco_arrays import MIN_SIDE, Annotations, clip, has_extent, to_xyxy
-from data.coco_rules import Finding, finding, is_unsafe_name, require_no_errors
-from data.image_files import MAX_PIXELS
+from data.coco_rules import MAX_PIXELS, Finding, finding, is_unsafe_name, require_no_errors
 
 MISSING = -(2**62)  # stands for a missing iscrowd, or a missing annotation id
 FEW_BOXES = 4  # statistics of boxes are conclusive from so many on

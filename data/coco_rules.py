@@ -16,6 +16,7 @@ import numpy as np
 
 from utils import UserError, printable
 
+MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 2**30 / 4 / 3
 LINE = 200  # characters of a finding at most
 
 # The rules of which each case stops a run, with the fix ...

@@ -18,9 +18,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
+from data.coco_rules import MAX_PIXELS
 from utils import LocalError
 
-MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 2**30 / 4 / 3
 MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten, and each costs a full decoding
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")

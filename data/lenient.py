@@ -22,14 +22,15 @@ from data.coco_rules import Finding, finding
 DIAGNOSED = 2**31  # bytes up to which Python reads a file again, to list every fault
 _NOT_COCO = "annotation file that is not COCO's"
 _NOT_JSON = "annotation file that is not JSON, or cut short"
-_NUMERAL = re.compile(r"-?[0-9]{1,18}")
+_NUMERAL = re.compile(r"(-?[0-9]{1,18})(\.0*)?")
 _EXPECTED = {
     "bbox": "four finite numbers",
     "area": "a finite number",
     "iscrowd": "0 or 1",
     "file_name": "text",
     "name": "text",
-}  # all others are a 64-bit integer
+}
+_WHOLE = "a 64-bit integer"  # all others
 
 _Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Float = Annotated[float, msgspec.Meta(ge=-1.7976931348623157e308, le=1.7976931348623157e308)]
@@ -86,11 +87,8 @@ def read(path: Path, message: str) -> tuple[dict[str, list[Any]] | None, list[Fi
         return None, finding(_NOT_COCO, [message])
     document, findings = _parse(path.read_bytes())
     if not isinstance(document, dict):
-        if not findings:
-            is_list = isinstance(document, list)
-            seen = "a list, as in a file of detections" if is_list else "no object"
-            findings = finding(_NOT_COCO, [f"$ is {seen}"])
-        return None, findings
+        seen = "a list, as in a file of detections" if isinstance(document, list) else "no object"
+        return None, findings or finding(_NOT_COCO, [f"$ is {seen}"])
     cases: dict[str, list[str]] = {}
     lists, is_whole = {}, True
     for name in expected_lists(document):
@@ -150,16 +148,15 @@ def _correct_rows(
         add(_NOT_COCO, i)
     entries = [(i, row) for i, row in enumerate(rows) if i not in wrong]
     for field in msgspec.structs.fields(kind):
-        name, expected = field.name, _EXPECTED.get(field.name, "a 64-bit integer")
-        is_ambiguous = name.endswith("id") and not _are_ids([row.get(name) for _, row in entries])
+        name, expected = field.name, _EXPECTED.get(field.name, _WHOLE)
+        reads_text = not name.endswith("id") or _are_ids([row.get(name) for _, row in entries])
         for i, row in entries:
-            value = row.get(name)
+            value = number = row.get(name)
             if not field.required and (value is None or value != value):  # null or NaN
                 row.pop(name, None)
                 continue
-            number = value
-            if expected in ("a 64-bit integer", "0 or 1") and not (
-                is_ambiguous and isinstance(value, str)
+            if expected in (_WHOLE, _EXPECTED["iscrowd"]) and (
+                reads_text or not isinstance(value, str)
             ):
                 number = _whole_number(value)
             if type(number) is not type(value):
@@ -174,18 +171,20 @@ def _correct_rows(
 
 
 def _are_ids(values: list[Any]) -> bool:
-    """Return whether texts in a column of ids are numbers: all of them, each written in one way."""
-    texts = {value for value in values if isinstance(value, str)}
-    return all(isinstance(value, str) and _NUMERAL.fullmatch(value) for value in values) and len(
-        {int(text) for text in texts}
-    ) == len(texts)
+    """Return whether a column of ids is text that means numbers, each written in one way."""
+    numbers = {value: _whole_number(value) for value in values if isinstance(value, str)}
+    is_text = all(isinstance(value, str) for value in values)
+    is_number = all(isinstance(number, int) for number in numbers.values())
+    return is_text and is_number and len(set(numbers.values())) == len(numbers)
 
 
 def _whole_number(value: Any) -> Any:
     """Return a whole number that is written as 1.0 or "1" as an integer, all else as it is."""
-    is_float = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
-    is_text = isinstance(value, str) and _NUMERAL.fullmatch(value)
-    return int(value) if is_float or is_text else value
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, str) and (numeral := _NUMERAL.fullmatch(value)):
+        return int(numeral[1])
+    return value
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
+import unicodedata
 import urllib.parse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,12 +28,26 @@ class _Folders(dict[bytes, set[bytes]]):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = os.fsencode(root)
+        self._by_lower_suffix: dict[str, dict[str, list[str]]] = {}
 
     def __missing__(self, folder: bytes) -> set[bytes]:
         path = os.path.join(self.root, folder)
         entries = os.scandir(path) if b"\0" not in path and os.path.isdir(path) else ()
         self[folder] = {entry.name for entry in entries if entry.is_file()}
         return self[folder]
+
+    def same_but_suffix(self, folder: str, name: str) -> list[str]:
+        """Return the files of `folder` that differ from `name` at most in the suffix's case."""
+        if folder not in self._by_lower_suffix:
+            table = self._by_lower_suffix[folder] = defaultdict(list)
+            for other in map(os.fsdecode, self[os.fsencode(folder)]):
+                table[_lower_suffix(other)].append(other)
+        return self._by_lower_suffix[folder].get(_lower_suffix(name), [])
+
+
+def _lower_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem + suffix.lower()
 
 
 def locate_images(annotations: Annotations, root: Path) -> tuple[Annotations, list[Finding]]:
@@ -100,9 +116,7 @@ def _without_folder(name: str, folders: _Folders) -> str:
 def _other_suffix(name: str, folders: _Folders) -> str:
     """Return the one file that differs from `name` in the case of its suffix only, else `name`."""
     folder, slash, last = name.rpartition("/")
-    stem, suffix = os.path.splitext(last)
-    others = map(os.fsdecode, folders[os.fsencode(folder)])
-    same = [o for o in others if o.startswith(stem) and o[len(stem) :].lower() == suffix.lower()]
+    same = folders.same_but_suffix(folder, last)
     return folder + slash + same[0] if len(same) == 1 else name
 
 
@@ -114,14 +128,16 @@ def _find_spelling(name: str, folders: _Folders) -> str | None:
     changes: list[Callable[[str], str]] = [
         lambda name: name.replace("\\", "/"),
         urllib.parse.unquote,
+        functools.partial(unicodedata.normalize, "NFC"),
+        functools.partial(unicodedata.normalize, "NFD"),  # as macOS writes ü
         lambda name: _without_folder(name, folders),
         lambda name: _other_suffix(name, folders),
     ]
     spellings = [name]
     for change in changes:
         for spelled in map(change, list(spellings)):
-            folder, _, last = os.fsencode(spelled).rpartition(b"/")
-            if not is_unsafe_name(spelled):
+            if spelled not in spellings and not is_unsafe_name(spelled):
+                folder, _, last = os.fsencode(spelled).rpartition(b"/")
                 if last in folders[folder]:
                     return spelled
                 spellings.append(spelled)

@@ -25,14 +25,13 @@ def data_paths(
             drawn = folder or data_cache.folder()
         with utils.file_errors("draw images in", drawn):
             folder = shapes.make_shapes(drawn)
+    folder = folder or Path()
     if dataset in formats.LAYOUTS:
-        paths = formats.coco_paths(dataset, folder or Path())
+        paths = formats.coco_paths(dataset, folder)
     else:
-        paths = {}
+        paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
         for split in ("train", "val"):
-            root = folder or Path()
-            paths[f"{split}_images"] = root / f"{split}2017"
-            paths[f"{split}_annotations"] = root / "annotations" / f"instances_{split}2017.json"
+            paths[f"{split}_annotations"] = folder / "annotations" / f"instances_{split}2017.json"
     return paths | {name: path for name, path in overrides.items() if path is not None}
 
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 import coco_eval
 import coco_utils
 import train
-from data import checks, coco_arrays
+from data import checks, coco_arrays, coco_json, locate
 from data.splits import data_paths, read_splits
 from runtime import checkpoint
 from tools import anchor_fit, check_data, visualize
@@ -212,6 +212,17 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         RED_BLUE,
         ['numbers written as 1.0 or as text (10): $.annotations[0].category_id = "1" (id 1)'],
     ),
+    "ids and widths as text of floats": (
+        {
+            "change": both(
+                rows("images", number("id", "{}.0".format)),
+                rows("images", number("width", "{}.0".format)),
+                rows("annotations", number("image_id", "{}.0".format)),
+            )
+        },
+        RED_BLUE,
+        ['numbers written as 1.0 or as text (16): $.images[0].id = "1.0" (id 1.0)'],
+    ),
     "c08 byte order mark": (
         {"write": lambda document: b"\xef\xbb\xbf" + json.dumps(document).encode()},
         RED_BLUE,
@@ -309,6 +320,14 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         [
             r"file names in another spelling (4): 1 'val2017\\my%20im0.JPG' is 'my im0.jpg'",
         ],
+    ),
+    "ü as two characters, as macOS writes it": (
+        {
+            "change": rows("images", number("file_name", "ü{}".format)),
+            "name": lambda i: f"u\u0308im{i}.jpg",
+        },
+        RED_BLUE,
+        ["file names in another spelling (4): 1 'üim0.jpg' is 'u\u0308im0.jpg'"],
     ),
     "suffix in another case": (
         {"name": lambda i: f"im{i}.JPG"},
@@ -717,6 +736,26 @@ def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptur
 
     read_splits(data_paths("coco", folder(tmp_path, change), {}), ["train"])
     assert any("images that share a file: 'im1.jpg' (join them" in text for text in caplog.messages)
+
+
+def test_each_folder_is_looked_through_once_for_other_spellings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of 100,000 images in which every suffix is in capitals is no hours of work."""
+    calls: list[str] = []
+    lower = locate._lower_suffix
+    monkeypatch.setattr(locate, "_lower_suffix", lambda name: [calls.append(name), lower(name)][1])
+    document = plain("train")
+    document["images"] = [
+        {"id": i, "file_name": f"{i}.jpg", "width": 120, "height": 90} for i in range(1, 301)
+    ]
+    for i in range(1, 301):
+        (tmp_path / f"{i}.JPG").touch()
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(document))
+    _, findings = locate.locate_images(coco_json.read_annotations(path)[0], tmp_path)
+    assert [(f.what, f.count) for f in findings] == [("file names in another spelling", 300)]
+    assert len(calls) < 1000  # 300 files, and each name once
 
 
 def test_a_suffix_that_fits_two_files_is_refused(tmp_path: Path) -> None:
