@@ -41,8 +41,8 @@ def label_categories(categories: Sequence[tuple[int, str]]) -> list[dict[str, An
         (i, name) for i, name in enumerate(official) if name not in ("__background__", "N/A")
     ]
     return [
-        {"id": number, "name": name, "label": number if is_coco else place}
-        for place, (number, name) in enumerate(categories, start=1)
+        {"id": number, "name": name, "label": number if is_coco else position}
+        for position, (number, name) in enumerate(categories, start=1)
     ]
 
 
@@ -91,7 +91,7 @@ def match_classes(
 
 @dataclass(frozen=True)
 class Entry:
-    """What the annotations say of one image: all that a loader worker is told of it.
+    """What the annotations say of one image: all that a loader worker gets of them.
 
     Attributes:
         size: (H, W), pixels.
@@ -189,7 +189,7 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         target = self._target(entry)
         if self.transforms is not None:
             with torch.random.fork_rng(devices=[]):
-                # Of the CPU alone: `torch.manual_seed` takes as long as a fifth of decoding.
+                # Only the CPU's: `torch.manual_seed` takes as long as a fifth of decoding.
                 torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
                 image, target = self.transforms(image, target)
         return image.as_subclass(torch.Tensor), {

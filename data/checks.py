@@ -63,7 +63,7 @@ def _number_annotations(annotations: Columns) -> list[Finding]:
     No id is used elsewhere. An id twice in one image may be a box twice, and is an error.
     """
     ids, images = annotations["id"], annotations["image_id"]
-    is_unclear = np.isin(ids, [*_repeated(ids), MISSING])
+    is_unclear = np.isin(ids, np.append(_repeated(ids), MISSING))
     if not is_unclear.any():
         return []
     order = np.lexsort((ids, images))
