@@ -90,7 +90,7 @@ class CocoEvaluator:
     """Collect this process's detections, gather all on rank 0, score them.
 
     Args:
-        ground_truth: `coco_utils.Annotations` of every image, also those of other processes.
+        ground_truth: `coco_arrays.Annotations` of every image, also those of other processes.
         label_map: `{"id", "name", "label"}` per category: which label a class of this name has.
     """
 

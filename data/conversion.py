@@ -12,7 +12,7 @@ from typing import Any
 
 from data import cache as data_cache
 from data import files, image_files, labelled, voc, yolo
-from data.coco_json import Finding
+from data.coco_rules import Finding
 from data.labelled import SPLITS, Layout, Sample
 from utils import UserError
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import coco_json, image_files
-from data.coco_json import Finding
+from data import coco_arrays, coco_rules, image_files
+from data.coco_rules import Finding
 from data.files import OTHER_SUFFIXES, files_below
 from data.image_files import SUFFIXES, ImageError
 
@@ -83,7 +83,7 @@ class Sample:
         limits = (width, height, width, height)
         clipped = [min(max(value, 0.0), end) for value, end in zip(corners, limits, strict=True)]
         x1, y1, x2, y2 = clipped
-        if min(x2 - x1, y2 - y1) < coco_json.MIN_SIDE:
+        if min(x2 - x1, y2 - y1) < coco_arrays.MIN_SIDE:
             findings.add("boxes outside of their image", where)
             return
         if max(abs(a - b) for a, b in zip(corners, clipped, strict=True)) > _OVER_BORDER:
@@ -109,7 +109,7 @@ class Findings:
         """Return one finding per rule."""
         return [
             Finding(severity, rule, tuple(self.cases[rule][:10]), len(self.cases[rule]), fix)
-            for rule, (severity, fix) in (coco_json.RULES | RULES).items()
+            for rule, (severity, fix) in (coco_rules.RULES | RULES).items()
             if rule in self.cases
         ]
 

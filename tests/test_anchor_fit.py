@@ -16,7 +16,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
 
-from data import coco_json
+from data import coco_arrays, coco_json
 from models import retinanet
 from models.build import build_model, load_detector
 from models.retinanet import make_anchor_generator
@@ -63,7 +63,7 @@ def test_boxes_are_where_the_model_puts_them(bccd: Path) -> None:
     model: Any = build_model("retinanet_resnet18_fpn", LABEL_MAP, min_size=200, max_size=260)
     boxes = anchor_fit.boxes_to_cover(annotations, model.transform)
     start, end = annotations.offsets[5:7]
-    raw = torch.from_numpy(coco_json.to_xyxy(annotations.boxes_xywh[start:end]))
+    raw = torch.from_numpy(coco_arrays.to_xyxy(annotations.boxes_xywh[start:end]))
     image = torch.zeros(3, *annotations.sizes[5].tolist())
     batch, (target,) = model.transform([image], [{"boxes": raw, "labels": torch.ones(len(raw))}])
     place = slice(int(start), int(end))

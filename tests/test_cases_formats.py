@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data import coco_json, conversion, image_files, labelled
+from data import coco_json, coco_rules, conversion, image_files, labelled
 from tools import convert
 from utils import UserError
 
@@ -109,7 +109,7 @@ def yaml_text(names: str, head: str = "train: images/train\nval: images/val\n") 
 
 def read(
     layout: str, root: Path
-) -> tuple[dict[str, dict[str, list[Any]]], list[coco_json.Finding]]:
+) -> tuple[dict[str, dict[str, list[Any]]], list[coco_rules.Finding]]:
     """Return boxes as (name, box) by image of each split, and all findings of the conversion."""
     paths = conversion.coco_paths(layout, root)
     boxes: dict[str, dict[str, list[Any]]] = {}
@@ -143,7 +143,7 @@ def require_right_boxes(
                 np.testing.assert_allclose(box, right, rtol=0, atol=1e-3)
 
 
-def warned(found: list[coco_json.Finding]) -> dict[str, int]:
+def warned(found: list[coco_rules.Finding]) -> dict[str, int]:
     """Return the count of each rule over both splits."""
     counts: dict[str, int] = {}
     for finding in found:
@@ -1057,7 +1057,7 @@ def test_what_would_be_read_wrongly_is_refused(
     write(tmp_path / "a", content)
     with pytest.raises(image_files.ImageError, match=message) as caught:
         image_files.read_image(tmp_path / "a", tmp_path, (90, 120))
-    assert caught.value.rule in coco_json.RULES
+    assert caught.value.rule in coco_rules.RULES
 
 
 def test_a_jpeg_of_hundreds_of_scans_is_refused_before_decoding(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import TINY, run_script
 from PIL import Image
 
 from data import cache as data_cache
-from data import coco_json, conversion, image_files, labelled
+from data import coco_arrays, coco_json, conversion, image_files, labelled
 from data import yolo as yolo_reader
 from utils import UserError
 
@@ -73,7 +73,7 @@ def yolo(root: Path) -> Path:
     return root
 
 
-def read(layout: str, root: Path, split: str = "train") -> coco_json.Annotations:
+def read(layout: str, root: Path, split: str = "train") -> coco_arrays.Annotations:
     annotations, findings = coco_json.read_annotations(
         conversion.coco_paths(layout, root)[f"{split}_annotations"]
     )
@@ -81,7 +81,7 @@ def read(layout: str, root: Path, split: str = "train") -> coco_json.Annotations
     return annotations
 
 
-def boxes_by_name(annotations: coco_json.Annotations) -> dict[str, list[tuple[str, list[float]]]]:
+def boxes_by_name(annotations: coco_arrays.Annotations) -> dict[str, list[tuple[str, list[float]]]]:
     names = [annotations.categories[i][1] for i in annotations.category_index]
     rows = list(zip(names, annotations.boxes_xywh.tolist(), strict=True))
     return {

@@ -21,7 +21,8 @@ from PIL import Image
 
 from coco_eval import Analysis, CocoEvaluator, Results, write_results
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
 from tools import report
 from tools.plots import drawing, eval_plots
 from utils import UserError, run_command

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from helpers import make_run
 
 import train as train_script
-from data import coco_json
+from data import coco_arrays, coco_json
 from runtime import checkpoint, resuming, summary
 from runtime import run_folder as run
 from runtime.distributed import Processes, join_process_group
@@ -112,7 +112,7 @@ def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_pat
 
 
 def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
-    def read(number: int) -> coco_json.Annotations:
+    def read(number: int) -> coco_arrays.Annotations:
         document = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],
             "annotations": [

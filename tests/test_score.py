@@ -21,7 +21,8 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_eval import BACKENDS, METRICS, CocoEvaluator
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
 from tools.score import compare, main, read_detections
 from utils import UserError
 

@@ -31,7 +31,7 @@ import engine
 import presets
 import train as train_script
 import utils
-from data import coco_json, loading
+from data import coco_arrays, coco_json, loading
 from data.loading import make_loader
 from data.worker_processes import kill_workers, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
@@ -118,7 +118,7 @@ def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> 
 
 
 def _plain_sample(
-    folder: Path, annotations: coco_json.Annotations, number: int
+    folder: Path, annotations: coco_arrays.Annotations, number: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """An image and its boxes without any of this project's data path: PIL and the JSON itself."""
     document = json.loads(annotations.path.read_text())

@@ -21,7 +21,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import coco_utils
 import presets
-from data import coco_json, locate
+from data import checks, coco_arrays
 from data.splits import data_paths, read_splits
 from models.build import build_model
 from models.retinanet import make_anchor_generator
@@ -91,10 +91,10 @@ def require_retinanet(model: str) -> None:
         raise UserError(f"--model {model}: this works for RetinaNet only; give retinanet_…")
 
 
-def boxes_to_cover(annotations: coco_json.Annotations, transform: BatchTransform) -> Boxes:
+def boxes_to_cover(annotations: coco_arrays.Annotations, transform: BatchTransform) -> Boxes:
     """Return the boxes that are trained on, where `transform` puts them."""
-    corners = coco_json.to_xyxy(annotations.boxes_xywh)
-    kept = ~annotations.iscrowd & coco_json.has_extent(corners)
+    corners = coco_arrays.to_xyxy(annotations.boxes_xywh)
+    kept = ~annotations.iscrowd & coco_arrays.has_extent(corners)
     images = annotations.image_of_annotation()[kept]
     sizes = annotations.sizes[images].astype(np.float64)
     corners = np.clip(corners[kept], 0, sizes[:, [1, 0, 1, 0]])
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     options.check_flags(flags)
     require_retinanet(flags.model)
     (annotations,) = read_splits(paths_of(flags), ["train"])
-    for finding in locate.boxes_findings(annotations, for_training=True):
+    for finding in checks.boxes_findings(annotations, for_training=True):
         raise UserError(f"{annotations.path} has no boxes to fit anchors to: {finding.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
     values = parser.values(flags, "model")

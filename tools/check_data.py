@@ -8,6 +8,8 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 
 from __future__ import annotations
 
+from data import coco_rules
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.check_data")
 
@@ -33,8 +35,9 @@ from tqdm import tqdm
 import coco_utils
 import utils
 from data import cache as data_cache
-from data import coco_json, conversion, image_files, locate
-from data.coco_json import Annotations, Finding
+from data import checks, conversion, image_files, locate
+from data.coco_arrays import Annotations
+from data.coco_rules import Finding
 from data.splits import data_paths
 from data.worker_processes import end_with_parent, start_worker_server
 from runtime.flags import ArgumentParser, non_negative, positive
@@ -58,7 +61,9 @@ class Split:
     findings: list[Finding]
 
 
-def check_split(name: str, images: Path, annotations: Path, workers: int) -> Split:
+def check_split(
+    name: str, images: Path, annotations: Path, workers: int, min_size: int, max_size: int
+) -> Split:
     """Apply every rule to one split: to its annotation file, then to each image.
 
     Raises:
@@ -72,7 +77,10 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         opened = check_images(packed, images, workers, f"{name} images")
         kinds = {finding.what for finding in opened}
         findings = findings + [f for f in missing if f.what not in kinds] + opened
-        findings += locate.boxes_findings(packed, for_training=name == "train")
+        shorter, longer = np.maximum(packed.sizes.min(axis=1), 1), packed.sizes.max(axis=1)
+        scale = np.minimum(min_size / shorter, max_size / np.maximum(longer, 1))
+        findings += checks.check_sizes(packed, packed.sizes * scale[:, None])
+        findings += checks.boxes_findings(packed, for_training=name == "train")
     rules = {finding.what for finding in findings}
     kept = [f for f in conversion.kept_findings(annotations) if f.what not in rules]
     findings = kept + findings
@@ -107,9 +115,9 @@ def check_images(
                 f"a process died opening an image after {annotations.file_name(bar.n)!r}: its "
                 "decoder crashed, or memory ran out; try --workers 1"
             ) from None
-    order = list(coco_json.RULES)
+    order = list(coco_rules.RULES)
     return [
-        f for rule in sorted(cases, key=order.index) for f in coco_json.finding(rule, cases[rule])
+        f for rule in sorted(cases, key=order.index) for f in coco_rules.finding(rule, cases[rule])
     ]
 
 
@@ -263,7 +271,7 @@ def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
     for name, finding in sorted(findings, key=lambda pair: pair[1].severity):
         yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
         for case in finding.cases:
-            yield f"{'':20}{coco_json.one_line(case, coco_json.LINE - 20)}"
+            yield f"{'':20}{coco_rules.one_line(case, coco_rules.LINE - 20)}"
         if finding.count > len(finding.cases):
             yield f"{'':20}and {finding.count - len(finding.cases):,} more"
         yield f"{'':20}→ {finding.fix}"
@@ -298,15 +306,22 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")
     paths = data_paths(flags.dataset, flags.data_path, overrides)
     splits = [
-        check_split(s, paths[f"{s}_images"], paths[f"{s}_annotations"], flags.workers)
-        for s in flags.splits
+        check_split(
+            split,
+            paths[f"{split}_images"],
+            paths[f"{split}_annotations"],
+            flags.workers,
+            flags.min_size,
+            flags.max_size,
+        )
+        for split in flags.splits
     ]
     whole = [(split, split.annotations) for split in splits if split.annotations is not None]
     if len(whole) == 2:
         (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
         label_map = coco_utils.label_categories(train_set.categories)
         second.findings += coco_utils.class_findings(label_map, val_set)
-        second.findings += locate.overlap_findings(
+        second.findings += checks.overlap_findings(
             (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}

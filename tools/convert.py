@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from data import coco_json, conversion, locate
+from data import checks, coco_arrays, coco_json, coco_rules, conversion, locate
 from data.labelled import SPLITS, Sample
 from utils import UserError, file_errors, run_command
 
@@ -56,11 +56,11 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
         extra = {name for _, name in located["val"][0].categories} - {n for _, n in categories}
         if extra:
             raise UserError(f"{files['val']} has classes that train has not: {sorted(extra)[:10]}")
-        _warn("val", locate.overlap_findings(located["train"], located["val"]))
+        _warn("val", checks.overlap_findings(located["train"], located["val"]))
     return {split: _samples(*split_files) for split, split_files in located.items()}, categories
 
 
-def _locate(path: Path, root: Path, split: str) -> tuple[coco_json.Annotations, Path]:
+def _locate(path: Path, root: Path, split: str) -> tuple[coco_arrays.Annotations, Path]:
     """Read a COCO JSON file; return it with the folder that has the most of its images."""
     annotations, findings = coco_json.read_annotations(path)
     folders = [root / f"{split}2017", path.parent, root / split, root / "images", root]
@@ -77,12 +77,12 @@ def _locate(path: Path, root: Path, split: str) -> tuple[coco_json.Annotations, 
             "move the images to one of them"
         )
     annotations, more = located[folder]
-    coco_json.require_no_errors(path, more)
+    coco_rules.require_no_errors(path, more)
     _warn(path.name, findings + more)
     return annotations, folder
 
 
-def _samples(annotations: coco_json.Annotations, folder: Path) -> list[Sample]:
+def _samples(annotations: coco_arrays.Annotations, folder: Path) -> list[Sample]:
     samples = []
     for i, size in enumerate(annotations.sizes.tolist()):
         rows = slice(*annotations.offsets[i : i + 2])
@@ -93,7 +93,7 @@ def _samples(annotations: coco_json.Annotations, folder: Path) -> list[Sample]:
     return samples
 
 
-def _warn(name: str, findings: Iterable[coco_json.Finding]) -> None:
+def _warn(name: str, findings: Iterable[coco_rules.Finding]) -> None:
     for warning in findings:
         print(f"{name}: {warning}", file=sys.stderr)
 

@@ -26,7 +26,7 @@ from torchvision.io import write_jpeg
 
 import coco_utils
 from coco_eval import CocoEvaluator
-from data import coco_json, locate
+from data import coco_arrays, coco_json, locate
 from tools.plots import drawing, eval_plots, html_report, run_plots
 from tools.plots.drawing import Tile
 from utils import UserError, run_command
@@ -64,7 +64,7 @@ class Pictures:
 
     def __init__(
         self,
-        annotations: coco_json.Annotations,
+        annotations: coco_arrays.Annotations,
         images: Path,
         label_map: Sequence[dict[str, Any]],
         detections: np.ndarray,
@@ -131,7 +131,7 @@ class Pictures:
             elif gt_status.get(row + 1) == "fn":
                 texts[i] = f"missed {self.names[labels[i]]}"
                 labels[i] = MISSED
-        boxes = coco_json.to_xyxy(truth.boxes_xywh[rows])
+        boxes = coco_arrays.to_xyxy(truth.boxes_xywh[rows])
         counts = f"{labels.count(MISSED)} of {len(rows) - texts.count('crowd')} boxes missed"
         caption = [drawing.image_caption(truth, number), f"annotated: {counts}"]
         left = Tile(image, boxes, labels, texts, caption)
@@ -152,7 +152,7 @@ class Pictures:
     def _predicted(
         self, image: Tensor, rows: np.ndarray, texts: Sequence[str | None], caption: Sequence[str]
     ) -> Tile:
-        boxes = coco_json.to_xyxy(self.detections[rows, 1:5])
+        boxes = coco_arrays.to_xyxy(self.detections[rows, 1:5])
         return Tile(image, boxes, self.detections[rows, 6].astype(int).tolist(), texts, caption)
 
     def _sheet(self, tiles: Sequence[Tile]) -> Tensor:

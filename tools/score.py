@@ -21,7 +21,8 @@ import numpy as np
 
 import coco_eval
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
 from runtime.flags import ArgumentParser, non_negative
 from utils import UserError, file_errors, run_command
 

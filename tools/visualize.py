@@ -18,6 +18,8 @@ draws one step of the method on an image and its boxes, as docs/retinanet.md exp
 
 from __future__ import annotations
 
+from data import checks
+
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize")
 
@@ -38,7 +40,7 @@ from torchvision.io import write_jpeg
 import coco_utils
 import presets
 import utils
-from data import coco_json, image_files, locate
+from data import coco_arrays, coco_json, image_files
 from data.loading import make_loader
 from data.splits import read_splits
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
@@ -120,10 +122,10 @@ def draw_batch(argv: list[str]) -> None:
     paths = anchor_fit.paths_of(flags)
     (annotations,) = read_splits(paths, ["train"])
     if not flags.keep_empty:
-        locate.require_boxes(annotations)
+        checks.require_boxes(annotations)
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
-    keep = None if flags.keep_empty else locate.images_with_objects(annotations)
+    keep = None if flags.keep_empty else annotations.images_with_objects()
     data = coco_utils.CocoDetection(
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
@@ -146,7 +148,7 @@ def draw_batch(argv: list[str]) -> None:
 
 
 def read_boxes(
-    image: Path, sources: Sequence[tuple[Path | None, coco_json.Annotations]]
+    image: Path, sources: Sequence[tuple[Path | None, coco_arrays.Annotations]]
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Read an image, uint8 `[3, H, W]`, its boxes `[M, 4]` xyxy and the names of their classes.
 
@@ -181,11 +183,11 @@ def read_boxes(
         raise UserError(f"{image} {error}") from None
     rows = np.arange(*coco.offsets[number : number + 2])
     rows = rows[~coco.iscrowd[rows]]
-    boxes = torch.from_numpy(coco_json.to_xyxy(coco.boxes_xywh[rows])).float()
+    boxes = torch.from_numpy(coco_arrays.to_xyxy(coco.boxes_xywh[rows])).float()
     return pixels, boxes, [coco.categories[k][1] for k in coco.category_index[rows]]
 
 
-def read_sources(flags: argparse.Namespace) -> list[tuple[Path | None, coco_json.Annotations]]:
+def read_sources(flags: argparse.Namespace) -> list[tuple[Path | None, coco_arrays.Annotations]]:
     """Read `--annotations`, or else both splits of the data set as far as they exist."""
     if flags.annotations:
         return [(None, coco_json.read_annotations(flags.annotations)[0])]

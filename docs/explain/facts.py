@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from data import coco_json, shapes
+from data import coco_arrays, coco_json, shapes
 from docs.explain import photograph, pictures
 from docs.explain.pictures import SIZE, example_scene
 from models import retinanet
@@ -94,7 +94,7 @@ def parts() -> list[tuple[str, tuple[int, int], int, int, float, int]]:
 
 
 def count_disputes(
-    annotations: coco_json.Annotations, min_size: int, max_size: int
+    annotations: coco_arrays.Annotations, min_size: int, max_size: int
 ) -> dict[str, int]:
     """Count over a data set what its boxes claim, and in what the two assigners differ.
 
@@ -106,7 +106,7 @@ def count_disputes(
     totals = dict.fromkeys(("images", "boxes", "fg", "claims", "differ", "losers"), 0)
     for i in range(len(annotations)):
         rows = slice(*annotations.offsets[i : i + 2])
-        boxes = coco_json.to_xyxy(annotations.boxes_xywh[rows])[~annotations.iscrowd[rows]]
+        boxes = coco_arrays.to_xyxy(annotations.boxes_xywh[rows])[~annotations.iscrowd[rows]]
         if not len(boxes):
             continue
         height, width = annotations.sizes[i].tolist()

@@ -30,7 +30,6 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import coco_utils
 import presets
 from data import cache as data_cache
-from data import locate
 from data.worker_processes import ignore_stop_signals, start_worker_server
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from models.transform import BatchTransform
@@ -163,7 +162,7 @@ def start_ours(path: Path, cache: Path) -> tuple[dict[str, float], np.ndarray]:
     before, begin = measuring.memory(), time.perf_counter()
     annotations, _ = data_cache.examine(path)
     assert annotations is not None
-    keep = locate.images_with_objects(annotations)
+    keep = annotations.images_with_objects()
     groups = aspect_ratio_groups(annotations.sizes[keep], FACTOR)
     return _figures(before, begin), groups
 
@@ -312,7 +311,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         os.environ["XDG_CACHE_HOME"] = str(cache / "kept")
         annotations, _ = data_cache.examine(path)
         assert annotations is not None
-        keep = locate.images_with_objects(annotations)
+        keep = annotations.images_with_objects()
         label_map = coco_utils.label_categories(annotations.categories)
         data: Any = _Ours(Path(), annotations, label_map, keep=keep)
         groups = aspect_ratio_groups(data.sizes(), FACTOR)

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_eval import METRICS, CocoEvaluator
 from coco_utils import label_categories
-from data.coco_json import Annotations
+from data.coco_arrays import Annotations
 from runtime.distributed import Processes
 from runtime.flags import positive
 from tools.benchmark import measuring

@@ -14,7 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import coco_utils
 from data import image_files
-from data.coco_json import Annotations
+from data.coco_arrays import Annotations
 from models.retinanet import make_anchor_generator
 from models.transform import BatchTransform
 from tools import anchor_fit

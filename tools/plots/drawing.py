@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from coco_utils import CocoDetection
-from data.coco_json import Annotations
+from data.coco_arrays import Annotations
 from utils import printable
 
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
