@@ -90,7 +90,7 @@ class CocoEvaluator:
     """Collect this process's detections, gather all on rank 0, score them.
 
     Args:
-        ground_truth: `coco_utils.Annotations` of every image, also those of other processes.
+        ground_truth: `coco_arrays.Annotations` of every image, also those of other processes.
         label_map: `{"id", "name", "label"}` per category: which label a class of this name has.
     """
 
@@ -371,6 +371,11 @@ def _with_hotcoco(
 ) -> Any:
     ground_truth = hotcoco.COCO.from_arrays(images, categories, **truth)
     return hotcoco.COCOeval(ground_truth, ground_truth.load_res(detections), "bbox")
+
+
+def paired_bootstrap(first: Any, second: Any, resamples: int, seed: int) -> dict[str, Any]:
+    """Compare two of hotcoco's evaluations of the same images; see `hotcoco.compare`."""
+    return hotcoco.compare(first, second, n_bootstrap=resamples, seed=seed, confidence=0.95)
 
 
 def scores_of(evaluation: Any) -> Scores:

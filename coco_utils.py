@@ -22,8 +22,8 @@ from torchvision import tv_tensors
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.transforms import v2
 
-from data import coco_json
-from data.coco_json import Annotations, Finding
+from data.coco_arrays import Annotations, clip, has_extent, to_xyxy
+from data.coco_rules import Finding, finding, require_no_errors
 from data.image_files import ImageError, read_image
 from utils import UserError, derive_seed, logger, printable
 
@@ -42,14 +42,35 @@ def label_categories(categories: Sequence[tuple[int, str]]) -> list[dict[str, An
         (i, name) for i, name in enumerate(official) if name not in ("__background__", "N/A")
     ]
     return [
-        {"id": number, "name": name, "label": number if is_coco else place}
-        for place, (number, name) in enumerate(categories, start=1)
+        {"id": number, "name": name, "label": number if is_coco else position}
+        for position, (number, name) in enumerate(categories, start=1)
     ]
 
 
 def num_classes(label_map: Sequence[dict[str, Any]]) -> int:
     """Return the number of classes, background included, that a label map needs."""
     return max(category["label"] for category in label_map) + 1
+
+
+def class_findings(
+    label_map: Sequence[dict[str, Any]], annotations: Annotations, source: str = "training"
+) -> list[Finding]:
+    """Compare the classes of `annotations` by name with `label_map`, which comes from `source`.
+
+    It is an error if `annotations` have a class that the label map does not have, or none of them.
+    """
+    ids = {category["name"]: category["id"] for category in label_map}
+    names = {name: number for number, name in annotations.categories}
+    extra, missing = sorted(names.keys() - ids), sorted(ids.keys() - names)
+    if extra or not names:
+        case = f"only here {extra[:10]}, only in {source} {missing[:10]}"
+        return finding("splits that name different classes", [case])
+    differs = [
+        f"{name!r} is {names.get(name, 'missing')}, in training {number}"
+        for name, number in ids.items()
+        if names.get(name) != number
+    ]
+    return finding("classes of training that val lacks, or numbers otherwise", differs)
 
 
 def match_classes(
@@ -63,39 +84,15 @@ def match_classes(
     Raises:
         UserError: if `annotations` have a class that the label map does not have, or none of them.
     """
-    id_of = {category["name"]: category["id"] for category in label_map}
-    extra = [name for _, name in annotations.categories if name not in id_of]
-    if extra or not annotations.categories:
-        missing = sorted(set(id_of) - {name for _, name in annotations.categories})
-        raise UserError(
-            f"{annotations.path} and {source} name different classes: only the former has "
-            f"{sorted(extra)[:10]}, only the latter {missing[:10]}; give data with the same classes"
-        )
-    for warning in class_findings(label_map, annotations):
+    findings = class_findings(label_map, annotations, source)
+    require_no_errors(annotations.path, findings)
+    for warning in findings:
         logger.warning("%s: %s", annotations.path.name, warning)
-
-
-def class_findings(label_map: Sequence[dict[str, Any]], annotations: Annotations) -> list[Finding]:
-    """Find classes of training that a split names under another id, does not name, or adds."""
-    id_of = {category["name"]: category["id"] for category in label_map}
-    given = {name: number for number, name in annotations.categories}
-    other = [
-        f"{name!r} is {number}, in training {id_of[name]}"
-        for name, number in given.items()
-        if id_of.get(name, number) != number
-    ]
-    extra, lacking = sorted(set(given) - set(id_of)), [name for name in id_of if name not in given]
-    if extra:
-        return coco_json.finding("splits that name different classes", extra + lacking, repr)
-    return [
-        *coco_json.finding("classes of training that val does not name", lacking, repr),
-        *coco_json.finding("classes with another id in val", other),
-    ]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the annotations say of one image: all that a loader worker is told of it.
+    """What the annotations say of one image: all that a loader worker gets of them.
 
     Attributes:
         size: (H, W), pixels.
@@ -193,7 +190,7 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         target = self._target(entry)
         if self.transforms is not None:
             with torch.random.fork_rng(devices=[]):
-                # Of the CPU alone: `torch.manual_seed` takes as long as a fifth of decoding.
+                # Only the CPU's: `torch.manual_seed` takes as long as a fifth of decoding.
                 torch.default_generator.manual_seed(derive_seed(self.seed, epoch, index))
                 image, target = self.transforms(image, target)
         return image.as_subclass(torch.Tensor), {
@@ -202,8 +199,8 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
 
     def _target(self, entry: Entry) -> dict[str, torch.Tensor]:
         limit = np.array(entry.size[::-1], dtype=np.float32)
-        boxes = coco_json.clip(coco_json.to_xyxy(entry.boxes_xywh), limit)
-        keep = ~entry.iscrowd & coco_json.has_extent(boxes)
+        boxes = clip(to_xyxy(entry.boxes_xywh), limit)
+        keep = ~entry.iscrowd & has_extent(boxes)
         box_format = tv_tensors.BoundingBoxFormat.XYXY
         return {
             "boxes": tv_tensors.BoundingBoxes(

@@ -31,13 +31,7 @@ from models.precision import autocast
 from runtime import distributed
 from runtime.distributed import Processes
 from runtime.progress import Clock, mean_line
-from runtime.train_state import (
-    HostCopy,
-    LastStep,
-    StepSums,
-    TrainState,
-    advice_on_not_finite,
-)
+from runtime.train_state import HostCopy, LastStep, StepSums, TrainState, advice_on_not_finite
 from utils import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]

@@ -25,9 +25,9 @@ import engine
 import presets
 import utils
 from coco_utils import CocoDetection, label_categories, match_classes, with_classes
-from data.coco_json import Annotations, differences
+from data.checks import require_boxes, require_pixels
+from data.coco_arrays import Annotations, differences
 from data.loading import make_loader
-from data.locate import images_with_objects, require_boxes
 from data.splits import data_paths, read_splits
 from data.worker_processes import kill_workers, start_worker_server, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
@@ -41,14 +41,7 @@ from runtime import checkpoint
 from runtime.distributed import PeerError, join_process_group, launch_rank
 from runtime.flags import LOG, REFUSE
 from runtime.optimization import build_optimizer, build_scheduler
-from runtime.options import (
-    PATHS,
-    build_parser,
-    check_flags,
-    check_sizes,
-    output_folder,
-    parse_args,
-)
+from runtime.options import PATHS, build_parser, check_flags, check_sizes, output_folder, parse_args
 from runtime.resuming import batches_per_step, resume_run
 from runtime.run_folder import Run, open_folder
 from runtime.signals import StopSignal, end_failed, follow_launcher
@@ -94,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
             match_classes(label_map, train, str(resume))
             if not args.keep_empty:
                 require_boxes(train)
-            keep = None if args.keep_empty else images_with_objects(train)
+            keep = None if args.keep_empty else train.images_with_objects()
             transforms = presets.training_transforms(args.data_augmentation)
             train_set = CocoDetection(
                 paths["train_images"], train, label_map, transforms, args.seed, keep
@@ -111,6 +104,8 @@ def main(args: argparse.Namespace) -> int:
             allow_new_classes=not args.test_only,
             **parser.values(args, "model"),
         )
+        for split in (val, *rest):
+            require_pixels(split, padded_sizes(model, split.sizes))
         model = model.to(device).to(memory_format=MEMORY_FORMATS[args.channels_last])
 
         # Evaluation, which is all there is to do with --test-only

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,19 @@ import numpy as np
 
 import utils
 from data import coco_json
-from data.coco_json import Annotations, Finding
+from data.coco_arrays import Annotations
+from data.coco_rules import Finding, finding, require_no_errors
 from utils import UserError
 
 CACHED_FROM = 50_000_000  # bytes: smaller files are read in 0.3 s, which is not worth a copy
-ARRAYS = (
-    *("image_ids", "sizes", "names", "name_offsets", "offsets"),
-    *("ids", "boxes_xywh", "area", "iscrowd", "category_index"),
-)
+ARRAYS = [field.name for field in fields(Annotations) if field.type == "np.ndarray"]
 CLOCK_TICK = 0.02  # seconds: the times of files move every 10 ms at worst (Linux with HZ=100)
 _PIECE = 2**22  # bytes hashed at a time
 _ABOUT, _WRITTEN = "about.json", "written.json"
 
 
 def folder() -> Path:
-    """Return where this project keeps what it can build anew: `$XDG_CACHE_HOME`, or ~/.cache."""
+    """Return where this project keeps what it can build again: `$XDG_CACHE_HOME`, or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(cache) if cache else Path.home() / ".cache") / "retinanet-reference"
@@ -46,32 +44,32 @@ def folder() -> Path:
         raise OSError("there is no home folder; set XDG_CACHE_HOME to a folder") from None
 
 
-def built_once(place: Path, key: Any, build: Callable[[Path], None]) -> None:
-    """See that the folder `place` holds what `build` wrote for `key`, to the last bit.
+def built_once(target: Path, key: Any, build: Callable[[Path], None]) -> None:
+    """Make the folder `target` hold what `build` wrote for `key`, to the last bit.
 
     What is missing, unfinished, of another key, or changed since, is built again. Of all processes
     that ask at once, on a machine or over a shared disk, one builds; the others wait for it.
 
     Args:
         key: describes what the content is made from; anything that JSON can hold.
-        build: fills the new folder it is given, which then takes its place in one step.
+        build: fills the new folder it is given, which then replaces `target` in one step.
 
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    if _holds(place, key):
+    if _holds(target, key):
         return
-    with _locked(place):
-        if _holds(place, key):
+    with _locked(target):
+        if _holds(target, key):
             return
-        unfinished = place.with_name(f".{place.name}.tmp")
+        unfinished = target.with_name(f".{target.name}.tmp")
         _remove(unfinished)
         unfinished.mkdir()
         build(unfinished)
         written = {"key": key, "hashes": _hashes(unfinished)}
         (unfinished / _WRITTEN).write_text(json.dumps(written))
-        _remove(place)
-        os.replace(unfinished, place)
+        _remove(target)
+        os.replace(unfinished, target)
 
 
 @contextlib.contextmanager
@@ -91,19 +89,20 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _holds(place: Path, key: Any) -> bool:
-    """Return whether `place` holds the files that were written for `key`, unchanged."""
+def _holds(target: Path, key: Any) -> bool:
+    """Return whether `target` holds the files that were written for `key`, unchanged."""
     try:
-        written = json.loads((place / _WRITTEN).read_text())
-        return written == {"key": key, "hashes": _hashes(place)}
+        written = json.loads((target / _WRITTEN).read_text())
+        return written == {"key": key, "hashes": _hashes(target)}
     except (OSError, ValueError):
         return False
 
 
-def _hashes(place: Path) -> dict[str, str]:
-    """Return a hash of each file in a folder, but for the one that keeps the hashes."""
-    files = sorted(path for path in place.iterdir() if path.name != _WRITTEN)
-    return {path.name: _hash(path) for path in files}
+def _hashes(target: Path) -> dict[str, str]:
+    """Return a hash of each file below a folder, but for the one that keeps the hashes."""
+    files = sorted(path for path in target.rglob("*") if not path.is_dir())
+    names = {path.relative_to(target).as_posix(): path for path in files}
+    return {name: _hash(path) for name, path in names.items() if name != _WRITTEN}
 
 
 def _hash(path: Path) -> str:
@@ -130,22 +129,21 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         return coco_json.examine(path)
     state, examined = _state(path), []
 
-    def build(place: Path) -> None:
-        examined.append(coco_json.examine(path))
-        annotations, findings = examined[0]
-        coco_json.require_no_errors(path, findings)
+    def build(target: Path) -> None:
+        annotations, findings = coco_json.examine(path)
+        examined.append((annotations, findings))
+        require_no_errors(path, findings)
         if _state(path) != state:
             raise UserError(f"{path} changed while it was read; start again when it is complete")
         assert annotations is not None
-        _save(place, annotations, findings)
+        _save(target, annotations, findings)
 
     try:
         name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
-        place = folder() / "annotations" / f"{path.stem}-{name}"
-        code = Path(coco_json.__file__).read_bytes() + Path(__file__).read_bytes()
-        key = [_content(path, state, place), hashlib.sha256(code).hexdigest()]
-        built_once(place, key, build)
-        return _load(place, path)
+        target = folder() / "annotations" / f"{path.stem}-{name}"
+        code = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+        built_once(target, [_content(path, state, target), hashlib.sha256(code).hexdigest()], build)
+        return _load(target, path)
     except UserError:  # with errors in it, it is not kept
         if not examined or _state(path) != state:
             raise
@@ -153,9 +151,7 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     except OSError as error:  # also where there is no home
         annotations, findings = examined[0] if examined else coco_json.examine(path)
         case = f"{type(error).__name__}: {error}"
-        return annotations, findings + coco_json.finding(
-            "annotations that cannot be cached", [case]
-        )
+        return annotations, findings + finding("annotations that cannot be cached", [case])
 
 
 def _state(path: Path) -> list[int]:
@@ -168,13 +164,13 @@ def _state(path: Path) -> list[int]:
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
 
 
-def _content(path: Path, state: list[int], place: Path) -> str:
+def _content(path: Path, state: list[int], target: Path) -> str:
     """Return the hash of a whole file, which is read only if its `state` is not known yet.
 
-    Known hashes are kept beside `place`: one for each machine that shares the cache, and has its
+    Known hashes are kept beside `target`: one for each machine that shares the cache, and has its
     own copy of the file.
     """
-    seen = place.with_name(f".{place.name}.seen.json")
+    seen = target.with_name(f".{target.name}.seen.json")
 
     def known() -> list[Any]:
         try:
@@ -182,38 +178,35 @@ def _content(path: Path, state: list[int], place: Path) -> str:
         except (OSError, ValueError, TypeError):
             return []
 
-    for was, content in known():
-        if was == state:
-            return content
+    def find() -> str | None:
+        return next((content for was, content in known() if was == state), None)
+
+    if content := find():
+        return content
     with _locked(seen):
-        pairs = known()
-        for was, content in pairs:
-            if was == state:
-                return content
+        if content := find():
+            return content
         time.sleep(CLOCK_TICK)  # a change in the tick of `state` comes before the file is read
         content = _hash(path)
-        seen.write_text(json.dumps([*pairs, [state, content]][-100:]))
+        seen.write_text(json.dumps([*known(), [state, content]][-100:]))
         return content
 
 
-def _save(place: Path, annotations: Annotations, findings: list[Finding]) -> None:
+def _save(target: Path, annotations: Annotations, findings: list[Finding]) -> None:
     for name in ARRAYS:
-        np.save(place / f"{name}.npy", getattr(annotations, name), allow_pickle=False)
-    about = {
-        "categories": annotations.categories,
-        "findings": [asdict(found) for found in findings],
-    }
-    (place / _ABOUT).write_text(json.dumps(about))
+        np.save(target / f"{name}.npy", getattr(annotations, name), allow_pickle=False)
+    about = {"categories": annotations.categories, "findings": list(map(asdict, findings))}
+    (target / _ABOUT).write_text(json.dumps(about))
 
 
-def _load(place: Path, path: Path) -> tuple[Annotations, list[Finding]]:
+def _load(target: Path, path: Path) -> tuple[Annotations, list[Finding]]:
     """Map the arrays into memory."""
-    about = json.loads((place / _ABOUT).read_text())
+    about = json.loads((target / _ABOUT).read_text())
     arrays: dict[str, Any] = {
         # As plain arrays: each slice of a memmap object costs microseconds more.
-        name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+        name: np.asarray(np.load(target / f"{name}.npy", mmap_mode="r", allow_pickle=False))
         for name in ARRAYS
     }
-    categories = tuple((number, name) for number, name in about["categories"])
-    findings = [Finding(**found | {"cases": tuple(found["cases"])}) for found in about["findings"]]
+    findings = [Finding(**each | {"cases": tuple(each["cases"])}) for each in about["findings"]]
+    categories = tuple(map(tuple, about["categories"]))
     return Annotations(path=path, categories=categories, **arrays), findings

@@ -18,26 +18,18 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
-from data import coco_json
+from data.coco_rules import MAX_PIXELS
 from utils import LocalError
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
 MAX_SCANS = 100  # of a progressive JPEG: encoders write about ten, and each costs a full decoding
-
-
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # EXIF orientations: which axes of the image [3, H, W] to flip, from 5 on after transposing it.
-_EXIF_FLIPS: dict[int, tuple[int, ...]] = {
-    **{2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
-}
+_EXIF_FLIPS = {2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
 
 
 class ImageError(LocalError):
-    """An image that cannot be read as its annotations say; `rule` is one of `coco_json.RULES`."""
+    """An image that cannot be read as its annotations say; `rule` is one of `coco_rules.RULES`."""
 
     def __init__(self, message: str, rule: str = "") -> None:
         super().__init__(message)
@@ -106,13 +98,13 @@ def _image_errors() -> Iterator[None]:
         raise ImageError(f"is damaged: {reason}", "image files that are damaged") from None
 
 
-def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
+def read_image(path: Path, root: Path, size: tuple[int, int] | None = None) -> torch.Tensor:
     """Decode an image file to uint8 RGB, `[3, H, W]`.
 
     Alpha is dropped, gray repeated; of an animation the first frame is read. EXIF turns the image,
-    as viewers show it, unless `size` (H, W) is that of the stored pixels only. PNG is decoded by
-    PIL, which takes 1.2 times as long: torchvision's decoder crashes the process on most damaged
-    PNG files (0.29.1).
+    as viewers show it, unless the annotated `size` (H, W) is that of the stored pixels only. PNG is
+    decoded by PIL, which takes 1.2 times as long: torchvision's decoder crashes the process on most
+    damaged PNG files (0.29.1).
 
     Raises:
         ImageError: if its name leaves `root` (links may), or the file is of another format than
@@ -122,14 +114,14 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
         reason = "is missing" + (": not a regular file" if path.exists() else "")
         raise ImageError(reason, "image files missing")
     if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
-        raise ImageError("lies outside", "image files outside of the image folder")
+        raise ImageError("lies outside", "file_name not below the image folder")
     try:
         data = path.read_bytes()
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         raise ImageError(reason, "image files that cannot be read") from None
     if not data:
-        raise ImageError("is empty", "image files that are empty")
+        raise ImageError("is empty", "image files that are damaged")
     with _image_errors():
         file = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         header = _check_header(file, data, size)
@@ -138,16 +130,16 @@ def read_image(path: Path, root: Path, size: tuple[int, int]) -> torch.Tensor:
         else:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             image = decode_image(encoded, ImageReadMode.RGB)
-    if header.orientation == 1 or header.shown != size:
+    if header.orientation == 1 or size not in (None, header.shown):
         return image
     turned = image.transpose(1, 2) if header.orientation >= 5 else image
     return turned.flip(_EXIF_FLIPS[header.orientation])
 
 
-def _check_header(file: Image.Image, data: bytes, size: tuple[int, int]) -> Header:
+def _check_header(file: Image.Image, data: bytes, size: tuple[int, int] | None) -> Header:
     """Check what can be checked before decoding."""
     width, height = file.size
-    if width * height > coco_json.MAX_PIXELS:
+    if width * height > MAX_PIXELS:
         raise ImageError(f"has {width} x {height} pixels", "images over 89 megapixels")
     if _bits_per_channel(file, data) > 8:
         raise ImageError("has 16 bits per channel", "image files with 16 bits per channel")
@@ -156,7 +148,7 @@ def _check_header(file: Image.Image, data: bytes, size: tuple[int, int]) -> Head
     if "progressive" in file.info and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise ImageError(f"has {scans} scans", "image files with too many scans")
     header = _header_of(file)
-    if size in (header.stored, header.shown):
+    if size is None or size in (header.stored, header.shown):
         return header
     raise ImageError(
         f"is {width} x {height}, the annotations say {size[1]} x {size[0]}",

@@ -1,241 +1,180 @@
-"""Finds the file of every image, and what is wrong with a split or with two together.
-
-Names are matched with the files that are there. Missing sizes come from the images.
-"""
+"""Finds the file of every image, and the size of every image that has none annotated."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import os
+import unicodedata
 import urllib.parse
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data import coco_json
-from data.coco_json import Annotations, Finding
+from data.checks import check_boxes
+from data.coco_arrays import Annotations
+from data.coco_rules import Finding, finding, is_unsafe_name
 from data.image_files import ImageError, read_header
+
+LOOKED_AT = 32  # images of each split whose headers are read at the start
+
+
+class _Folders(dict[bytes, set[bytes]]):
+    """The names of the files in each folder below `root`; each folder is listed once."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root = os.fsencode(root)
+        self._by_lower_suffix: dict[str, dict[str, list[str]]] = {}
+
+    def __missing__(self, folder: bytes) -> set[bytes]:
+        path = os.path.join(self.root, folder)
+        entries = os.scandir(path) if b"\0" not in path and os.path.isdir(path) else ()
+        self[folder] = {entry.name for entry in entries if entry.is_file()}
+        return self[folder]
+
+    def same_but_suffix(self, folder: str, name: str) -> list[str]:
+        """Return the files of `folder` that differ from `name` at most in the suffix's case."""
+        if folder not in self._by_lower_suffix:
+            table = self._by_lower_suffix[folder] = defaultdict(list)
+            for other in map(os.fsdecode, self[os.fsencode(folder)]):
+                table[_lower_suffix(other)].append(other)
+        return self._by_lower_suffix[folder].get(_lower_suffix(name), [])
+
+
+def _lower_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem + suffix.lower()
 
 
 def locate_images(annotations: Annotations, root: Path) -> tuple[Annotations, list[Finding]]:
     """Find the file of every image in `root`, and the size of every image that has none annotated.
 
     The folder is listed, instead of asking for each file. A name that is no file is tried with
-    other spellings, as `_spellings` makes them.
+    other spellings, as `_find_spelling` makes them.
 
     Returns:
-        The annotations with the names of the files and all sizes, and what was found.
+        The annotations with the names of the files and all sizes, and the findings.
     """
-    listed = _Listing(root)
-    folders = listed.folders
+    folders = _Folders(root)
     offsets, text = annotations.name_offsets.tolist(), annotations.names.tobytes()
-    changed: dict[int, bytes] = {}
-    cases: dict[str, list[int]] = {rule: [] for rule in _SPELLINGS}
+
+    def names() -> Iterator[bytes]:
+        return (text[start:end] for start, end in itertools.pairwise(offsets))
+
+    spelled: dict[int, bytes] = {}
     missing = []
-    for number, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        folder, _, last = text[start:end].rpartition(b"/")
-        if folder not in folders:
-            listed.files(folder)
-        if last in folders[folder]:
-            continue
-        spelling = _find_spelling(text[start:end], root, listed)
-        if spelling is None:
-            missing.append(number)
-            continue
-        rules, changed[number] = spelling
-        for rule in rules:
-            cases[rule].append(number)
-
-    def named(number: int) -> str:
-        was = f"{annotations.image_ids[number]} {annotations.file_name(number)!r}"
-        return f"{was} is {changed[number].decode()!r}"
-
-    found = [f for rule, numbers in cases.items() for f in coco_json.finding(rule, numbers, named)]
-    found += coco_json.finding(
-        "image files missing",
-        [n for n in missing if not coco_json.is_unsafe_name(annotations.file_name(n))],
-        lambda number: f"{annotations.image_ids[number]} {root / annotations.file_name(number)}",
+    for number, name in enumerate(names()):
+        folder, _, last = name.rpartition(b"/")
+        if last not in folders[folder]:
+            spelling = _find_spelling(name.decode(), folders)
+            if spelling is None:
+                missing.append(number)
+            else:
+                spelled[number] = os.fsencode(spelling)
+    findings = finding(
+        "file names in another spelling",
+        list(spelled),
+        lambda n: f"{annotations.describe(n)} is {spelled[n].decode()!r}",
     )
-    if changed:
-        before = [text[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
-        names = [changed.get(number, name) for number, name in enumerate(before)]
-        count, had = Counter(names), Counter(before)
-        shared = {names[i].decode() for i in changed if count[names[i]] > had[before[i]]}
-        found += coco_json.finding("images that share a file", sorted(shared), repr)
-        annotations = dataclasses.replace(
+    findings += finding(
+        "image files missing",
+        [n for n in missing if not is_unsafe_name(annotations.file_name(n))],
+        lambda n: f"{annotations.image_ids[n]} {root / annotations.file_name(n)}",
+    )
+    located = annotations
+    if spelled:
+        before = list(names())
+        used = [spelled.get(number, name) for number, name in enumerate(before)]
+        count, old_count = Counter(used), Counter(before)
+        shared = {used[i].decode() for i in spelled if count[used[i]] > old_count[before[i]]}
+        findings += finding("images that share a file", sorted(shared), repr)
+        located = dataclasses.replace(
             annotations,
-            names=np.frombuffer(b"".join(names), dtype=np.uint8),
-            name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
+            names=np.frombuffer(b"".join(used), dtype=np.uint8),
+            name_offsets=np.cumsum([0, *map(len, used)], dtype=np.int64),
         )
     is_there = np.ones(len(annotations), bool)
     is_there[missing] = False
-    return _find_sizes(annotations, root, is_there, found)
+    if (annotations.sizes == 0).any():
+        located, more = _read_sizes(located, root, is_there)
+    else:
+        more = _find_swapped(located, root, np.flatnonzero(is_there))
+    return located, findings + more
 
 
-class _Listing:
-    """The files below a folder; each folder is listed once."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.folders = os.fsencode(root), dict[bytes, dict[bytes, None]]()
-
-    def files(self, folder: bytes) -> dict[bytes, None]:
-        if folder not in self.folders:
-            path = os.path.join(self.root, folder)
-            entries = os.scandir(path) if b"\0" not in path and os.path.isdir(path) else ()
-            self.folders[folder] = dict.fromkeys(entry.name for entry in entries if entry.is_file())
-        return self.folders[folder]
-
-    def __contains__(self, name: bytes) -> bool:
-        folder, _, name = name.rpartition(b"/")
-        return name in self.files(folder)
-
-
-def _slashes(name: str, root: Path) -> str:
-    return name.replace("\\", "/")
-
-
-def _decoded(name: str, root: Path) -> str:
-    return urllib.parse.unquote(name, errors="surrogateescape")
-
-
-def _without_folder(name: str, root: Path) -> str:
-    """Leave out the folders with which `root` ends, the most that fit."""
-    parts, last = name.split("/"), Path(os.path.abspath(root)).parts
+def _without_folder(name: str, folders: _Folders) -> str:
+    """Leave out the folders with which the image folder's path ends, the most that fit."""
+    parts, last = name.split("/"), Path(os.path.abspath(os.fsdecode(folders.root))).parts
     counts = [n for n in range(len(parts) - 1, 0, -1) if tuple(parts[:n]) == last[-n:]]
     return "/".join(parts[counts[0] :]) if counts else name
 
 
-# Other ways to read a name, in the order in which they are tried; later ones after earlier ones.
-_SPELLINGS = {
-    "file names with a backslash": _slashes,
-    "file names that are URL-encoded": _decoded,
-    "file names that repeat the image folder": _without_folder,
-    "file names with a suffix in another case": None,
-}
+def _other_suffix(name: str, folders: _Folders) -> str:
+    """Return the one file that differs from `name` in the case of its suffix only, else `name`."""
+    folder, slash, last = name.rpartition("/")
+    same = folders.same_but_suffix(folder, last)
+    return folder + slash + same[0] if len(same) == 1 else name
 
 
-def _find_spelling(name: bytes, root: Path, listed: _Listing) -> tuple[list[str], bytes] | None:
-    """Return the rules by which a file is found for `name`, and its name, or None."""
-    ways: list[tuple[list[str], str]] = [([], name.decode())]
-    for rule, spell in _SPELLINGS.items():
-        for rules, known in list(ways):
-            if spell is None:
-                spelled = _other_suffix(known, listed)
-            else:
-                spelled = spell(known, root)
-            if spelled == known or coco_json.is_unsafe_name(spelled):
-                continue
-            encoded = os.fsencode(spelled)
-            if encoded in listed:
-                return [*rules, rule], encoded
-            ways.append(([*rules, rule], spelled))
+def _find_spelling(name: str, folders: _Folders) -> str | None:
+    """Return the name of the file that is there for `name`, None if there is none.
+
+    Each change is tried by itself and on top of those before it.
+    """
+    changes: list[Callable[[str], str]] = [
+        lambda name: name.replace("\\", "/"),
+        urllib.parse.unquote,
+        functools.partial(unicodedata.normalize, "NFC"),
+        functools.partial(unicodedata.normalize, "NFD"),  # as macOS writes ü
+        lambda name: _without_folder(name, folders),
+        lambda name: _other_suffix(name, folders),
+    ]
+    spellings = [name]
+    for change in changes:
+        for spelled in map(change, list(spellings)):
+            if spelled not in spellings and not is_unsafe_name(spelled):
+                folder, _, last = os.fsencode(spelled).rpartition(b"/")
+                if last in folders[folder]:
+                    return spelled
+                spellings.append(spelled)
     return None
 
 
-def _other_suffix(name: str, listed: _Listing) -> str:
-    """Return the one file that differs from `name` in the case of its suffix only, else `name`."""
-    folder, slash, last = os.fsencode(name).rpartition(b"/")
-    stem, dot, suffix = last.rpartition(b".")
-    found = [
-        other
-        for other in listed.files(folder)
-        if other.rpartition(b".")[:2] == (stem, dot)
-        and other[len(stem) :].lower() == b"." + suffix.lower()
-    ]
-    return os.fsdecode(folder + slash + found[0]) if len(found) == 1 else name
-
-
-LOOKED_AT = 32  # images of each split whose headers are read at the start
-
-
-def _find_sizes(
-    annotations: Annotations, root: Path, is_there: np.ndarray, found: list[Finding]
+def _read_sizes(
+    annotations: Annotations, root: Path, is_there: np.ndarray
 ) -> tuple[Annotations, list[Finding]]:
-    """Take unknown sizes from the images, and see whether width and height are swapped."""
-    sizes = annotations.sizes
-    unknown = np.flatnonzero((sizes == 0).any(axis=1))
-    if len(unknown):
-        sizes = sizes.copy()
-        lost = []
-        for number in unknown[is_there[unknown]]:
-            try:
-                sizes[number] = read_header(root / annotations.file_name(number)).shown
-            except ImageError as error:
-                name = annotations.file_name(number)
-                lost.append(f"{annotations.image_ids[number]} {name!r}: {error}")
-        found = found + coco_json.finding("width or height not positive", lost)
-        annotations = dataclasses.replace(annotations, sizes=sizes)
-        if not (sizes == 0).any():
-            found += coco_json.check_boxes(annotations)
-        return annotations, found
-    numbers = np.flatnonzero(is_there)
-    numbers = numbers[np.linspace(0, len(numbers) - 1, min(LOOKED_AT, len(numbers))).astype(int)]
+    """Take unknown sizes from the images, and then check the boxes."""
+    sizes, unreadable = annotations.sizes.copy(), []
+    for number in np.flatnonzero((sizes == 0).any(axis=1) & is_there).tolist():
+        try:
+            sizes[number] = read_header(root / annotations.file_name(number)).shown
+        except ImageError as error:
+            unreadable.append(f"{annotations.describe(number)}: {error}")
+    annotations = dataclasses.replace(annotations, sizes=sizes)
+    findings = finding("width or height not positive", unreadable)
+    if (sizes != 0).all():
+        findings += check_boxes(annotations)
+    return annotations, findings
+
+
+def _find_swapped(annotations: Annotations, root: Path, numbers: np.ndarray) -> list[Finding]:
+    """Find out from some of the images `numbers` whether width and height are swapped in all."""
+    chosen = np.linspace(0, len(numbers) - 1, min(LOOKED_AT, len(numbers))).astype(int)
     swapped = 0
-    for number in numbers.tolist():
+    for number in numbers[chosen].tolist():
         try:
             header = read_header(root / annotations.file_name(number))
-        except ImageError:  # reported when the image is opened, by a rule of its own
-            return annotations, found
-        (height, width), is_turned = header.stored, header.orientation >= 5
-        if is_turned or height != width:
-            # An image that EXIF turns may be annotated either way.
-            if is_turned or sizes[number].tolist() != [width, height]:
-                return annotations, found
+        except ImageError:  # reported when the image is opened, by its own rule
+            return []
+        if header.orientation >= 5:  # an image that EXIF turns may be annotated either way
+            return []
+        if header.stored[0] != header.stored[1]:
+            if tuple(annotations.sizes[number].tolist()) != header.stored[::-1]:
+                return []
             swapped += 1
-    if swapped:
-        case = f"in all {swapped} images looked at" if swapped > 1 else "in the image looked at"
-        found = found + coco_json.finding("width and height that are swapped", [case])
-    return annotations, found
-
-
-def overlap_findings(
-    train: tuple[Annotations, Path], val: tuple[Annotations, Path]
-) -> list[Finding]:
-    """Find images that are in both splits, each of which is (annotations, image folder)."""
-    if os.path.samefile(train[0].path, val[0].path):
-        what = "annotation file that is both train and val"
-        return coco_json.finding(what, [str(val[0].path)])
-    if not os.path.samefile(train[1], val[1]):
-        return []
-    names = [{a.file_name(i) for i in range(len(a))} for a, _ in (train, val)]
-    return coco_json.finding("images that are in train and val", sorted(names[0] & names[1]), repr)
-
-
-def boxes_findings(annotations: Annotations, for_training: bool) -> list[Finding]:
-    """Say why there is no box to train on (or to evaluate with), if there is none."""
-    is_box = ~annotations.iscrowd
-    if not for_training and is_box.any():
-        return []
-    is_thin = is_box & ~(annotations.boxes_xywh[:, 2:] > 1).all(axis=1)
-    limit = annotations.sizes[annotations.image_of_annotation(), ::-1].astype(np.float32)
-    boxes = coco_json.clip(coco_json.to_xyxy(annotations.boxes_xywh), limit)
-    is_outside = is_box & ~is_thin & ~coco_json.has_extent(boxes)
-    if for_training and (is_box & ~is_thin & ~is_outside).any():
-        return []
-    counts = {
-        "crowds": annotations.iscrowd,
-        "outside of their image": is_outside,
-        "thinner than a pixel (are they shares of the image?)": is_thin,
-    }
-    reasons = [f"{cases.sum():,} are {what}" for what, cases in counts.items() if cases.any()]
-    of_all = f" of {len(is_box):,} boxes are "
-    reason = ", ".join(reasons).replace(" are ", of_all, 1) if reasons else "no annotations"
-    what = "no box to train on" if for_training else "no box to evaluate with"
-    return coco_json.finding(what, [reason])
-
-
-def require_boxes(annotations: Annotations) -> None:
-    """Raise UserError, with the reason, if there is no box to train on."""
-    coco_json.require_no_errors(annotations.path, boxes_findings(annotations, for_training=True))
-
-
-def images_with_objects(annotations: Annotations) -> np.ndarray:
-    """Return the numbers of the images that training keeps without `--keep-empty`.
-
-    Torchvision's rule, so that COCO gives the same 117,266 images: one annotation at least, crowds
-    included, is wider and higher than one pixel.
-    """
-    width, height = annotations.boxes_xywh[:, 2:].T
-    total = np.concatenate([[0], np.cumsum((width > 1) & (height > 1))])
-    return np.flatnonzero(np.diff(total[annotations.offsets]))
+    case = f"in all {swapped} images looked at" if swapped > 1 else "in the image looked at"
+    return finding("width and height that are swapped", [case] if swapped else [])

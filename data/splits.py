@@ -7,7 +7,10 @@ from pathlib import Path
 
 import utils
 from data import cache as data_cache
-from data import coco_json, formats, locate, shapes
+from data import conversion, locate, shapes
+from data.checks import overlap_findings
+from data.coco_arrays import Annotations
+from data.coco_rules import UNANNOTATED, require_no_errors
 from utils import UserError, logger
 
 
@@ -17,21 +20,22 @@ def data_paths(
     """Return where "train_images", "train_annotations", "val_images" and "val_annotations" are."""
     if dataset == "shapes":
         with utils.file_errors("find", "a folder for the drawn images"):
-            place = folder or data_cache.folder()
-        with utils.file_errors("draw images in", place):
-            folder = shapes.make_shapes(place)
+            drawn = folder or data_cache.folder()
+        with utils.file_errors("draw images in", drawn):
+            folder = shapes.make_shapes(drawn)
     folder = folder or Path()
-    paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
-    for split in ("train", "val"):
-        paths[f"{split}_annotations"] = folder / "annotations" / f"instances_{split}2017.json"
-    if dataset in formats.LAYOUTS:
-        paths = formats.coco_paths(dataset, folder)
+    if dataset in conversion.LAYOUTS:
+        paths = conversion.coco_paths(dataset, folder)
+    else:
+        paths = {f"{split}_images": folder / f"{split}2017" for split in ("train", "val")}
+        for split in ("train", "val"):
+            paths[f"{split}_annotations"] = folder / "annotations" / f"instances_{split}2017.json"
     return paths | {name: path for name, path in overrides.items() if path is not None}
 
 
 def read_splits(
     paths: dict[str, Path], splits: Sequence[str], allow_unannotated: bool = False
-) -> list[coco_json.Annotations]:
+) -> list[Annotations]:
     """Read the annotations of `splits`, find the images, and log all warnings.
 
     Args:
@@ -40,33 +44,33 @@ def read_splits(
     Raises:
         UserError: lists what is missing or wrong, in all splits.
     """
-    read: list[coco_json.Annotations] = []
+    read: dict[str, Annotations] = {}
     problems = []
     for split in splits:
-        images, annotations = paths[f"{split}_images"], paths[f"{split}_annotations"]
+        images, path = paths[f"{split}_images"], paths[f"{split}_annotations"]
         if not images.is_dir():
             problems.append(f"the image folder {images} does not exist; check --data-path")
             continue
         try:
-            packed, findings = data_cache.examine(annotations)
-            findings = formats.kept_findings(annotations) + findings
-            if packed is not None:
-                packed, more = locate.locate_images(packed, images)
-                findings = findings + more
-            if packed is not None and allow_unannotated and not packed.is_annotated:
-                findings = [f for f in findings if f.what not in coco_json.UNANNOTATED]
-            coco_json.require_no_errors(annotations, findings)
+            annotations, findings = data_cache.examine(path)
+            findings = conversion.kept_findings(path) + findings
+            if annotations is not None:
+                annotations, more = locate.locate_images(annotations, images)
+                findings += more
+                if allow_unannotated and not annotations.is_annotated:
+                    findings = [f for f in findings if f.what not in UNANNOTATED]
+            require_no_errors(path, findings)
         except UserError as error:
             problems.append(str(error))
             continue
-        assert packed is not None
-        read.append(packed)
+        assert annotations is not None
+        read[split] = annotations
         for warning in findings:
-            logger.warning("%s: %s", annotations.name, warning)
+            logger.warning("%s: %s", path.name, warning)
     if problems:
         raise UserError("\n".join(problems))
-    if len(read) == 2:
-        val, train = ((read[splits.index(s)], paths[f"{s}_images"]) for s in ("val", "train"))
-        for warning in locate.overlap_findings(train, val):
-            logger.warning("%s: %s", val[0].path.name, warning)
-    return read
+    if read.keys() >= {"train", "val"}:
+        pairs = [(read[split], paths[f"{split}_images"]) for split in ("train", "val")]
+        for warning in overlap_findings(pairs[0], pairs[1]):
+            logger.warning("%s: %s", read["val"].path.name, warning)
+    return list(read.values())

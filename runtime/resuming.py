@@ -37,30 +37,26 @@ def resume_run(
     """
     saved = from_torchvision(saved, {**refuse, **log}, steps_per_epoch, source)
     check_same_run(saved["args"], {**refuse, **log}, log, source, defaults, explained)
-    require_fitting(saved, state.model, state.optimizer, state.scaler, source)
+    require_fitting(saved, state, source)
     state.load_state_dict(saved)
 
 
-def require_fitting(
-    saved: Mapping[str, Any],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    source: Path,
-) -> None:
+def require_fitting(saved: Mapping[str, Any], state: TrainState, source: Path) -> None:
     """Raise UserError unless a checkpoint has all that a run of this model continues from.
 
     The message names what is missing, or the first tensors that differ.
     """
     missing = [name for name in KINDS if name not in saved and name != "categories"]
     problem = f"it lacks {', '.join(missing)}" if missing else ""
-    weights = model.state_dict()
+    weights = state.model.state_dict()
     for name in ("model", "ema"):
         if not problem and saved[name]:
             problem = _difference(saved[name], weights, name)
-    problem = problem or _optimizer_difference(saved["optimizer"], optimizer)
-    if not problem and scaler.is_enabled():
-        names = [name for name in scaler.state_dict() if not is_number(saved["scaler"].get(name))]
+    problem = problem or _optimizer_difference(saved["optimizer"], state.optimizer)
+    if not problem and state.scaler.is_enabled():
+        names = [
+            name for name in state.scaler.state_dict() if not is_number(saved["scaler"].get(name))
+        ]
         problem = f"its 'scaler' lacks {', '.join(names)}" if names else ""
     if problem:
         raise UserError(

@@ -160,7 +160,7 @@ def record_and_hurt() -> None:
             moved = [image * float("nan") for image in moved]
         return moved, moved_targets
 
-    def flags(sums: Any, *rest: Any) -> Any:
+    def step_sums(sums: Any, *rest: Any) -> Any:
         # Before the processes meet: who has a checkpoint of this step, has all ranks' records.
         step = state[0].step + 1
         bits = {name: digest(value.detach()) for name, value in sums.items()}
@@ -169,7 +169,7 @@ def record_and_hurt() -> None:
             file.write(json.dumps(line) + "\n")
         batches.clear()
         injector.reach(f"step:{step}")
-        return original["_Flags"](sums, *rest)
+        return original["StepSums"](sums, *rest)
 
     def save(run: Any, name: str | None = None) -> None:
         injector.saves += 1
@@ -200,9 +200,9 @@ def record_and_hurt() -> None:
     original: dict[str, Any] = {}
     for owner, replacement in (
         *((engine, train_one_epoch), (engine, to_device), (checkpoint, new_file)),
-        *((engine, flags), (run_module.Run, save), (train, open_folder)),
+        *((engine, step_sums), (run_module.Run, save), (train, open_folder)),
     ):
-        name = {"flags": "_Flags"}.get(replacement.__name__, replacement.__name__)
+        name = {"step_sums": "StepSums"}.get(replacement.__name__, replacement.__name__)
         original[name] = getattr(owner, name)
         setattr(owner, name, replacement)
     for mutation in json.loads(os.environ.get("MUTATIONS", "[]")):

@@ -17,6 +17,7 @@ from conftest import run_script
 from torch import nn
 from torchvision.io import read_image
 
+from data.coco_json import read_annotations
 from models import retinanet
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import data as benchmark_data
@@ -145,7 +146,7 @@ def test_loader_prints_both_sides_and_bare_decoding(
 
 def test_both_loaders_give_the_same_pixels_and_boxes(tiny_shapes: Path) -> None:
     path = tiny_shapes / "annotations" / "instances_train2017.json"
-    annotations, _ = benchmark_loader.coco_utils.read_annotations(path)
+    annotations, _ = read_annotations(path)
     number = np.arange(1)
     images = tiny_shapes / "train2017"
     label_map = benchmark_loader.coco_utils.label_categories(annotations.categories)

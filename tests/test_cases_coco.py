@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 import coco_eval
 import coco_utils
 import train
-from data import coco_json, locate
+from data import checks, coco_arrays, coco_json, locate
 from data.splits import data_paths, read_splits
 from runtime import checkpoint
 from runtime.options import parse_args
@@ -165,7 +165,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             "name": lambda i: f"images/im{i}.jpg",
         },
         RED_BLUE,
-        [r"file names with a backslash (4): 1 'images\\im0.jpg' is 'images/im0.jpg'"],
+        [r"file names in another spelling (4): 1 'images\\im0.jpg' is 'images/im0.jpg'"],
     ),
     "c02 ids from 0": (
         {"change": from_0},
@@ -180,7 +180,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "c04 root category with the name of a class": (
         {"change": category(id=0, name="red", supercategory="none")},
         RED_BLUE,
-        ["unused categories with the name of another: 0 'red' (left out)"],
+        ["unused categories with the name of another: 0 (name 'red') (left out)"],
     ),
     "c05 float ids": (
         {
@@ -191,7 +191,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             )
         },
         RED_BLUE,
-        ["whole numbers written as 1.0 (24): $.images[0].id = 1.0"],
+        ["numbers written as 1.0 or as text (24): $.images[0].id = 1.0"],
     ),
     "c06 image ids as text": (
         {
@@ -201,7 +201,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             )
         },
         RED_BLUE,
-        ['whole numbers written as text (12): $.images[0].id = "000001"'],
+        ['numbers written as 1.0 or as text (12): $.images[0].id = "000001"'],
     ),
     "category ids as text": (
         {
@@ -211,7 +211,18 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             )
         },
         RED_BLUE,
-        ['whole numbers written as text (10): $.categories[0].id = "1"'],
+        ['numbers written as 1.0 or as text (10): $.annotations[0].category_id = "1" (id 1)'],
+    ),
+    "ids and widths as text of floats": (
+        {
+            "change": both(
+                rows("images", number("id", "{}.0".format)),
+                rows("images", number("width", "{}.0".format)),
+                rows("annotations", number("image_id", "{}.0".format)),
+            )
+        },
+        RED_BLUE,
+        ['numbers written as 1.0 or as text (16): $.images[0].id = "1.0" (id 1.0)'],
     ),
     "c08 byte order mark": (
         {"write": lambda document: b"\xef\xbb\xbf" + json.dumps(document).encode()},
@@ -226,23 +237,23 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         RED_BLUE,
         [
             "annotation file with a byte order mark: instances_val2017.json",
-            "whole numbers written as 1.0 (2): $.categories[0].id = 1.0",
+            "numbers written as 1.0 or as text (2): $.categories[0].id = 1.0",
         ],
     ),
     "c11 no width": (
         {"change": rows("images", drop("width", "height"))},
         RED_BLUE,
-        ["images without width or height (4): 1 'im0.jpg'"],
+        ["images without width or height (4): 1 (file_name 'im0.jpg')"],
     ),
     "c12 width 0": (
         {"change": put("images", width=0, height=0)},
         RED_BLUE,
-        ["images without width or height (4): 1 'im0.jpg'"],
+        ["images without width or height (4): 1 (file_name 'im0.jpg')"],
     ),
     "height null": (
         {"change": put("images", height=None)},
         RED_BLUE,
-        ["images without width or height (4): 1 'im0.jpg'"],
+        ["images without width or height (4): 1 (file_name 'im0.jpg')"],
     ),
     "area and iscrowd null": (
         {"change": put("annotations", area=None, iscrowd=None)},
@@ -257,7 +268,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "iscrowd as text": (
         {"change": put("annotations", iscrowd="0")},
         RED_BLUE,
-        ['whole numbers written as text (8): $.annotations[0].iscrowd = "0"'],
+        ['numbers written as 1.0 or as text (8): $.annotations[0].iscrowd = "0"'],
     ),
     "c14 annotations of images that were cut": (
         {"change": cut_images},
@@ -268,8 +279,9 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         {"change": val_names_red_only},
         RED_BLUE,
         [
-            "classes of training that val does not name: 'blue' (matched by name)",
-            "classes with another id in val: 'red' is 9, in training 1 (matched by name)",
+            "classes of training that val lacks, or numbers otherwise (2): "
+            "'red' is 9, in training 1, "
+            "'blue' is missing, in training 2 (matched by name)",
         ],
     ),
     "c19 url-encoded": (
@@ -278,7 +290,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
             "name": lambda i: f"my im{i}.jpg",
         },
         RED_BLUE,
-        ["file names that are URL-encoded (4): 1 'my%20im0.jpg' is 'my im0.jpg'"],
+        ["file names in another spelling (4): 1 'my%20im0.jpg' is 'my im0.jpg'"],
     ),
     "a name that really holds %20": (
         {
@@ -291,7 +303,7 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "c21 folder twice": (
         {"change": twice},
         RED_BLUE,
-        ["file names that repeat the image folder (4): 1 'val2017/im0.jpg' is 'im0.jpg'"],
+        ["file names in another spelling (4): 1 'val2017/im0.jpg' is 'im0.jpg'"],
     ),
     "backslash, folder twice, %20 and suffix at once": (
         {
@@ -307,26 +319,31 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         },
         RED_BLUE,
         [
-            "file names with a backslash (4): 1",
-            "file names that are URL-encoded (4): 1",
-            "file names that repeat the image folder (4): 1",
-            r"file names with a suffix in another case (4): 1 'val2017\\my%20im0.JPG' is 'my im0",
+            r"file names in another spelling (4): 1 'val2017\\my%20im0.JPG' is 'my im0.jpg'",
         ],
+    ),
+    "ü as two characters, as macOS writes it": (
+        {
+            "change": rows("images", number("file_name", "ü{}".format)),
+            "name": lambda i: f"u\u0308im{i}.jpg",
+        },
+        RED_BLUE,
+        ["file names in another spelling (4): 1 'üim0.jpg' is 'u\u0308im0.jpg'"],
     ),
     "suffix in another case": (
         {"name": lambda i: f"im{i}.JPG"},
         RED_BLUE,
-        ["file names with a suffix in another case (4): 1 'im0.jpg' is 'im0.JPG'"],
+        ["file names in another spelling (4): 1 'im0.jpg' is 'im0.JPG'"],
     ),
     "c26 annotation ids of each image": (
         {"change": rows("annotations", number("id", lambda v: 1 + (v - 1) % 2))},
         RED_BLUE,
-        ["annotation ids that start again in each image (2): 1, 2 (all are numbered"],
+        ["annotations without an id of their own (8): number 1, number 2, "],
     ),
     "c31 no annotation ids": (
         {"change": rows("annotations", drop("id"))},
         RED_BLUE,
-        ["annotations without id (8): number 1, number 2"],
+        ["annotations without an id of their own (8): number 1, number 2"],
     ),
     "c41 negative ids": ({"change": negative}, RED_BLUE, []),
     "c51 an image entry per box": (
@@ -345,12 +362,12 @@ USED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 
 
-def read(root: Path) -> list[coco_json.Annotations]:
+def read(root: Path) -> list[coco_arrays.Annotations]:
     """Do with a folder what train.py does before it builds the model; return train and val."""
     val, training = read_splits(data_paths("coco", root, {}), ["val", "train"])
     label_map = coco_utils.label_categories(training.categories)
     coco_utils.match_classes(label_map, val, str(training.path))
-    locate.require_boxes(training)
+    checks.require_boxes(training)
     return [training, val]
 
 
@@ -463,7 +480,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "c09 utf-16": (
         {"write": lambda document: json.dumps(document).encode("utf-16")},
-        ["annotation file in UTF-16 or UTF-32: it is UTF-16 (convert it: iconv -f UTF-16 -t"],
+        ["annotation file that is not UTF-8: it is UTF-16 (convert it: iconv -f UTF-16 -t"],
     ),
     "c13 no category_id": (
         {"change": put("annotations", category_id=None)},
@@ -482,7 +499,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "c20 absolute names": (
         {"change": rows("images", number("file_name", lambda n: f"/home/me/images/{n}"))},
-        ["file_name not below the image folder (4): 1 '/home/me/images/im0.jpg'"],
+        ["file_name not below the image folder (4): 1 (file_name '/home/me/images/im0.jpg')"],
     ),
     "a name that leaves the folder once it is decoded": (
         {"change": rows("images", number("file_name", lambda n: f"%2e%2e/val2017/{n}"))},
@@ -490,13 +507,13 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a name that leaves the folder with slashes": (
         {"change": rows("images", number("file_name", lambda n: f"a\\..\\..\\val2017\\{n}"))},
-        ["file_name not below the image folder (4): 1 'a"],
+        ["file_name not below the image folder (4): 1 (file_name 'a"],
     ),
     "c23 shifted categories": (
         {"change": rows("annotations", number("category_id", lambda v: v - 1))},
         [
             "annotations of an unknown category_id (4): 1 (category_id 0)",
-            "category_id shifted by one against the categories: 0 to 1, but the ids are 1 to 2",
+            "ids shifted by one: category_id is 0 to 1, but the ids of categories are 1 to 2",
         ],
     ),
     "c24 json lines": (
@@ -521,7 +538,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "c44 images by id": (
         {"change": lambda d, split: d | {"images": {str(i["id"]): i for i in d["images"]}}},
-        ["list missing: $.images is an object, not a list"],
+        ["annotation file that is not COCO's: $.images is an object, not a list"],
     ),
     "c45 a missing image": (
         {
@@ -541,7 +558,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "c50 width and height swapped": (
         {"change": rows("images", swap_sides)},
-        ["width and height that are swapped: in all 4 images looked at (write each"],
+        ["width and height that are swapped: in all 4 images looked at (swap them"],
     ),
 }
 
@@ -616,13 +633,13 @@ def test_one_file_or_image_in_both_splits_is_told(
     root = folder(tmp_path)
     paths = data_paths("coco", root, {})
     same_file = {f"val_{kind}": paths[f"train_{kind}"] for kind in ("images", "annotations")}
-    read_splits(paths | same_file, ["val", "train"])
-    (told,) = caplog.messages
-    assert "annotation file that is both train and val: " in told and len(told) < 230
-    caplog.clear()
-    read_splits(paths | {"val_images": paths["train_images"]}, ["val", "train"])
-    (told,) = caplog.messages
-    assert "images that are in train and val (4): 'im0.jpg', 'im1.jpg'" in told
+    same_images = {"val_images": paths["train_images"]}
+    same_annotations = {"val_annotations": paths["train_annotations"]}
+    for same in (same_file, same_images, same_annotations):
+        caplog.clear()
+        read_splits(paths | same, ["val", "train"])
+        (told,) = caplog.messages
+        assert "images that are in train and val (4): 'im0.jpg', 'im1.jpg'" in told
 
 
 @pytest.mark.parametrize("case", ["c25 no boxes", "c43 crowds only"])
@@ -647,6 +664,34 @@ def test_every_command_refuses_a_set_without_boxes_or_says_so(
     table = capsys.readouterr().out
     assert re.search(r"ERROR +1  train: no box to train on\n", table)
     assert re.search(r"WARNING +1  val: no box to evaluate with\n", table)
+
+
+@pytest.mark.parametrize("odd", SPLITS)
+def test_an_image_that_resizing_leaves_without_a_pixel_is_refused(
+    odd: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """i03: 1 x 5000 pixels at 64 px, by id and before any image is decoded; 4000 x 63 are used."""
+
+    def change(document: Document, split: str) -> None:
+        document["images"][1].update(width=4000, height=63)
+        if split == odd:
+            document["images"][2].update(width=1, height=5000)
+
+    root = folder(tmp_path / "data", change)
+    tiny = ["--data-path", str(root), *TINY, "--output-dir", str(tmp_path / "run")]
+    what = "images that resizing makes 0 pixels wide or high"
+    with pytest.raises(UserError) as caught:
+        train.main(train.parse_args(tiny))
+    start, *lines = str(caught.value).splitlines()
+    assert f"instances_{odd}2017.json cannot be used" in start
+    assert lines == [f"  error: {what}: 3 'im2.jpg' of 1 x 5000 (crop them, or take them out)"]
+    flags = ["--data-path", str(root), "-j", "1", "--min-size", "64"]
+    assert check_data.main([*flags, "--max-size", "64"]) == 1
+    told = capsys.readouterr().out
+    assert re.search(rf"ERROR +1  {odd}: {what}\n +3 'im2.jpg' of 1 x 5000\n", told)
+    assert told.count(what) == 1
+    check_data.main([*flags, "--max-size", "5000"])
+    assert what not in capsys.readouterr().out
 
 
 def test_keep_empty_trains_without_boxes(tmp_path: Path) -> None:
@@ -681,7 +726,7 @@ def test_val_with_another_class_is_refused(tmp_path: Path) -> None:
             document["categories"][1]["name"] = "green"
 
     root = folder(tmp_path, change)
-    with pytest.raises(UserError, match=r"only the former has \['green'\], only the latter \['bl"):
+    with pytest.raises(UserError, match=r"only here \['green'\], only in .* \['blue'\]"):
         read(root)
     assert check_data.main(["--data-path", str(root), "-j", "1"]) == 1
 
@@ -692,6 +737,26 @@ def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptur
 
     read_splits(data_paths("coco", folder(tmp_path, change), {}), ["train"])
     assert any("images that share a file: 'im1.jpg' (join them" in text for text in caplog.messages)
+
+
+def test_each_folder_is_looked_through_once_for_other_spellings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of 100,000 images in which every suffix is in capitals is no hours of work."""
+    calls: list[str] = []
+    lower = locate._lower_suffix
+    monkeypatch.setattr(locate, "_lower_suffix", lambda name: [calls.append(name), lower(name)][1])
+    document = plain("train")
+    document["images"] = [
+        {"id": i, "file_name": f"{i}.jpg", "width": 120, "height": 90} for i in range(1, 301)
+    ]
+    for i in range(1, 301):
+        (tmp_path / f"{i}.JPG").touch()
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps(document))
+    _, findings = locate.locate_images(coco_json.read_annotations(path)[0], tmp_path)
+    assert [(f.what, f.count) for f in findings] == [("file names in another spelling", 300)]
+    assert len(calls) < 1000  # 300 files, and each name once
 
 
 def test_a_suffix_that_fits_two_files_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data import coco_json, formats, image_files
+from data import coco_json, coco_rules, conversion, image_files, labelled
 from tools import convert
 from utils import UserError
 
@@ -109,14 +109,14 @@ def yaml_text(names: str, head: str = "train: images/train\nval: images/val\n") 
 
 def read(
     layout: str, root: Path
-) -> tuple[dict[str, dict[str, list[Any]]], list[coco_json.Finding]]:
+) -> tuple[dict[str, dict[str, list[Any]]], list[coco_rules.Finding]]:
     """Return boxes as (name, box) by image of each split, and all findings of the conversion."""
-    paths = formats.coco_paths(layout, root)
+    paths = conversion.coco_paths(layout, root)
     boxes: dict[str, dict[str, list[Any]]] = {}
     found = []
-    for split in formats.SPLITS:
+    for split in labelled.SPLITS:
         file = paths[f"{split}_annotations"]
-        found += formats.kept_findings(file)
+        found += conversion.kept_findings(file)
         about, errors = coco_json.read_annotations(file)
         assert all(finding.severity == "warning" for finding in errors)
         names = [about.categories[i][1] for i in about.category_index]
@@ -143,7 +143,7 @@ def require_right_boxes(
                 np.testing.assert_allclose(box, right, rtol=0, atol=1e-3)
 
 
-def warned(found: list[coco_json.Finding]) -> dict[str, int]:
+def warned(found: list[coco_rules.Finding]) -> dict[str, int]:
     """Return the count of each rule over both splits."""
     counts: dict[str, int] = {}
     for finding in found:
@@ -482,6 +482,119 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ("red", "blue"),
         {},
     ),
+    "VOC, BOM and CRLF": (
+        both(
+            in_files(XML, lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+            in_files("ImageSets/Main/*.txt", lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, .XML": (rename(XML, ".xml", ".XML"), ("red", "blue"), {}),
+    "VOC, .XML in folders": (
+        both(side_by_side, rename("*/*.xml", ".xml", ".XML")),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, a list with suffix .xml and folders": (
+        put("ImageSets/Main/train.txt", "Annotations/t0.xml\nJPEGImages\\t1.png\n./t2\n"),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, a folder of each split below images/ and annotations/": (
+        both(
+            rename("JPEGImages/t*", "JPEGImages", "images/train"),
+            rename("JPEGImages/v*", "JPEGImages", "images/val"),
+            rename("Annotations/t*", "Annotations", "annotations/train"),
+            rename("Annotations/v*", "Annotations", "annotations/val"),
+            lambda root: shutil.rmtree(root / "ImageSets"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, lists of single classes beside folders": (
+        both(in_split_folders, put("ImageSets/Main/red_train.txt", "t0 1\n")),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, <filename> is a path of Windows": (
+        replace(XML, "<filename>", "<filename>C:\\me\\"),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, hidden files of macOS and Jupyter": (
+        both(
+            in_split_folders,
+            put("train/images/._t1.png", "x"),
+            put("train/annotations/._t1.xml", "x"),
+            put("train/images/.ipynb_checkpoints/t1.png", "x"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "VOC, an image in both lists": (
+        both(
+            rename("JPEGImages/t2.png", "t2", "v2"),
+            rename("Annotations/t2.xml", "t2", "v2"),
+            put("ImageSets/Main/train.txt", "t0\nt1\nv2"),
+            put("ImageSets/Main/val.txt", "v2\nv3"),
+        ),
+        ("red", "blue"),
+        {"images that are in train and val": 1},
+    ),
+    "BOM and CRLF": (
+        both(
+            in_files(LABELS, lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+            in_files("data.yaml", lambda t: t.replace("\n", "\r\n"), "utf-8-sig"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "BOM and CRLF in classes.txt": (
+        both(classes_txt, in_files("classes.txt", lambda t: t.replace("\n", "\r\n"), "utf-8-sig")),
+        ("red", "blue"),
+        {},
+    ),
+    ".TXT": (rename(LABELS, ".txt", ".TXT"), ("red", "blue"), {}),
+    "folders below images/train": (
+        both(
+            rename("images/train/t2.png", "train", "train/a/b"),
+            rename("labels/train/t2.txt", "train", "train/a/b"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "data.yaml in a folder of its own": (
+        both(
+            rename("data.yaml", "data", "config/data"),
+            yaml_of("[red, blue]", "train: ../images/train\nval: ../images/val\n"),
+            rename("data.yaml", "data", "config/data"),
+            lambda root: (root / "data.yaml").symlink_to("config/data.yaml"),
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "labels are links": (
+        both(
+            rename(LABELS, "labels", "blobs"),
+            lambda root: [
+                write_link(root / "labels" / p.parent.name / p.name, p)
+                for p in root.glob("blobs/*/*")
+            ],
+        ),
+        ("red", "blue"),
+        {},
+    ),
+    "the key validation": (
+        yaml_of("[red, blue]", "train: images/train\nvalidation: images/val\ntest: images/test\n"),
+        ("red", "blue"),
+        {"no val in the YAML file": 1},
+    ),
+    "hidden files of macOS": (
+        both(put("images/train/._t1.png", "x"), put("labels/train/._t1.txt", "x")),
+        ("red", "blue"),
+        {},
+    ),
     "keypoints behind the box": (
         both(
             per_line(lambda line: line + " 0.1 0.2 2 0.3 0.4 1"),
@@ -491,6 +604,11 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         {"label lines with keypoints": 10},
     ),
 }
+
+
+def write_link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
 
 
 def layout_of(case: str, edit: Edit, tmp_path: Path) -> tuple[str, Path]:
@@ -556,6 +674,7 @@ CHANGED: dict[str, tuple[Edit, list[Any], dict[str, int]]] = {
         [],
         {"images without a label file": 1},
     ),
+    "an empty label file is an image without objects": (put(LINE, ""), [], {}),
     "six decimals at the border are no finding": (
         put(LINE, "0 0.625001 0.611112 0.750001 0.777778\n"),
         [("red", [30.0, 20.0, 90.0, 70.0])],
@@ -636,7 +755,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
             XML,
             lambda t: t.replace(">120<", ">91<").replace(">90<", ">120<").replace(">91<", ">90<"),
         ),
-        ["width and height are swapped in their XML.*is 120 x 90, not 90 x 120"],
+        [r"another size than in their XML.*is 120 x 90, not 90 x 120 \(swapped\)"],
     ),
     "voc, XML without an image": (
         lambda root: (root / "JPEGImages/t1.png").unlink(),
@@ -668,7 +787,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "y12_names_from_1": (
         yaml_of("\n  1: red\n  2: blue"),
-        ["numbered from 1", "label files count classes from 0"],
+        ["numbered from 1; label files count from 0"],
     ),
     "y20_pixels": (
         put(LINE, "0 30 25 40 30\n"),
@@ -705,7 +824,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "a folder that is not there": (
         yaml_of("[red, blue]", "train: images/nowhere\nval: images/val\n"),
-        ["train: 'images/nowhere' does not exist below"],
+        ["train: 'images/nowhere' is not in .*/data; correct it"],
     ),
     "decimal commas": (
         in_files(LINE, lambda text: text.replace(".", ",")),
@@ -716,7 +835,10 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "nan": (put(LINE, "0 0.5 nan 0.5 0.5"), [r"t1\.txt:1 '0 0.5 nan"]),
     "a class is text": (put(LINE, "red 0.5 0.5 0.5 0.4"), [r"t1\.txt:1 'red 0.5"]),
     "half a class": (put(LINE, "0.5 0.5 0.5 0.5 0.4"), [r"t1\.txt:1 class 0\.5 of 2"]),
-    "labels in UTF-16": (in_files(LINE, str, "utf-16"), [r"t1\.txt byte 0 is not UTF-8"]),
+    "labels in UTF-16": (
+        in_files(LINE, str, "utf-16"),
+        [r"label files.*train/t1\.txt is not UTF-8 at byte 0"],
+    ),
     "an image that is none": (
         put("images/train/t1.png", "text"),
         ["images/train/t1.png is no JPEG, PNG, WebP, BMP, TIFF or GIF"],
@@ -724,6 +846,19 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "an image of another format": (
         put("images/train/x.heic", "text"),
         [r"of another format.*images/train/x\.heic.*magick"],
+    ),
+    "a label file is a link to nothing": (
+        both(lambda root: (root / LINE).unlink(), lambda root: (root / LINE).symlink_to("lost")),
+        [r"label files that cannot be read: labels/train/t1\.txt is missing, or no regular file"],
+    ),
+    "a label line with a track id": (
+        put(LINE, "0 0.5 0.5 0.5 0.4 7\n"),
+        [r"label lines that cannot be read: labels/train/t1\.txt:1 6 numbers"],
+    ),
+    "names that YAML reads as decimals": (yaml_of("[1.0, 2.0]"), ["name 0 is read as 1.0"]),
+    "no YAML file and no classes.txt": (
+        lambda root: (root / "data.yaml").unlink(),
+        ["has no YAML file; give the folder with data.yaml"],
     ),
     "images share a label file": (
         lambda root: save(root / "images/train/t1.jpg", 1),
@@ -743,12 +878,47 @@ def test_what_is_ambiguous_is_refused_with_file_and_fix(case: str, tmp_path: Pat
     assert not list((tmp_path / "cache").rglob("*.json"))  # nothing half-made is left to be used
 
 
+PIPES = {
+    "voc": ["Annotations/t1.xml", "ImageSets/Main/train.txt", "JPEGImages/t1.png"],
+    "yolo": [LINE, "data.yaml", "train.txt", "images/train/t1.png"],
+    "classes": [LINE, "classes.txt"],
+}
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+@pytest.mark.parametrize(
+    "layout, file", [(k, file) for k, files in PIPES.items() for file in files]
+)
+def test_pipes_and_devices_are_not_opened(
+    layout: str, file: str, target: str, tmp_path: Path
+) -> None:
+    root = (voc if layout == "voc" else yolo)(tmp_path / "data")
+    if layout == "classes":
+        classes_txt(root)
+    if file == "train.txt":
+        lists_of_files(root)
+    (root / file).unlink()
+    if target == "pipe":
+        os.mkfifo(root / file)
+    else:
+        (root / file).symlink_to(target)
+    if file.startswith("images"):
+        boxes, found = read("yolo", root)
+        assert "t1.png" not in boxes["train"] and warned(found) == {
+            "label files without an image": 1
+        }
+        return
+    with pytest.raises(UserError) as caught:
+        read("voc" if layout == "voc" else "yolo", root)
+    assert Path(file).stem in str(caught.value) or "has no YAML file" in str(caught.value)
+
+
 def test_all_errors_of_both_splits_are_listed_at_once(tmp_path: Path) -> None:
     root = yolo(tmp_path / "data")
     write(root / LINE, "7 0.5 0.5 0.5 0.4\n0 30 25 40 30\n")
     write(root / "labels/val/v3.txt", "0 0.5\n")
     with pytest.raises(UserError) as caught:
-        formats.coco_paths("yolo", root)
+        conversion.coco_paths("yolo", root)
     text = str(caught.value)
     assert "t1.txt:1 class 7" in text and "t1.txt:2 [30" in text and "v3.txt:1 2 numbers" in text
 
@@ -799,7 +969,7 @@ def test_e01_yolo_boxes_lie_where_viewers_show_them(
             write(
                 root / "labels" / split / f"o{orientation}.txt", f"0 {' '.join(map(str, shares))}"
             )
-    paths = formats.coco_paths("yolo", root)
+    paths = conversion.coco_paths("yolo", root)
     about, _ = coco_json.read_annotations(paths["train_annotations"])
     assert len(about) == 8
     np.testing.assert_allclose(about.boxes_xywh, [red(1)] * 8)
@@ -887,7 +1057,7 @@ def test_what_would_be_read_wrongly_is_refused(
     write(tmp_path / "a", content)
     with pytest.raises(image_files.ImageError, match=message) as caught:
         image_files.read_image(tmp_path / "a", tmp_path, (90, 120))
-    assert caught.value.rule in coco_json.RULES
+    assert caught.value.rule in coco_rules.RULES
 
 
 def test_a_jpeg_of_hundreds_of_scans_is_refused_before_decoding(tmp_path: Path) -> None:
@@ -995,7 +1165,7 @@ def test_damaged_yaml_is_refused_or_read_as_yaml_says(content: bytes, tmp_path: 
 def converted(folder: Path) -> dict[str, dict[str, list[Any]]]:
     """Return (name, box) by image of a folder that tools.convert wrote, having read the images."""
     boxes: dict[str, dict[str, list[Any]]] = {}
-    for split in formats.SPLITS:
+    for split in labelled.SPLITS:
         about, _ = coco_json.read_annotations(folder / f"annotations/instances_{split}2017.json")
         boxes[split] = {}
         for i in range(len(about)):
@@ -1020,6 +1190,41 @@ def test_convert_keeps_the_split_of_each_layout(tmp_path: Path) -> None:
         convert.main(["coco", str(tmp_path / "b"), str(tmp_path / "c")])
 
 
+@pytest.mark.parametrize("layout", ["voc", "yolo"])
+def test_convert_splits_by_the_lists_of_the_user(layout: str, tmp_path: Path) -> None:
+    root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
+    names = ["t0", "v3", "v4"], ["t1"]
+    if layout == "yolo":
+        folder = {"t": "images/train", "v": "images/val"}
+        names = tuple([f"{folder[n[0]]}/{n}.png" for n in split] for split in names)
+    write(root / "ImageSets/Main/mine.txt", "\n".join(names[0]))
+    write(tmp_path / "held_out.txt", "\n".join(names[1]))
+    lists = ["--train-list", "mine" if layout == "voc" else "ImageSets/Main/mine.txt"]
+    command = [layout, str(root), str(tmp_path / "a"), *lists]
+    convert.main([*command, "--val-list", str(tmp_path / "held_out.txt")])
+    boxes = converted(tmp_path / "a")
+    assert {split: sorted(rows) for split, rows in boxes.items()} == {
+        "train": ["t0.png", "v3.png", "v4.png"]
+        if layout == "voc"
+        else ["train/t0.png", "val/v3.png", "val/v4.png"],
+        "val": ["t1.png"],
+    }
+    assert boxes["val"]["t1.png"][1] == ("blue", BLUE)
+    if layout == "voc":  # also where the VOC folder lies below
+        (tmp_path / "devkit").mkdir()
+        root.rename(tmp_path / "devkit" / "VOC2007")
+        command[1:3] = str(tmp_path / "devkit"), str(tmp_path / "d")
+        convert.main(command)
+        root = tmp_path / "devkit"
+    command[2] = str(tmp_path / "b")
+    convert.main(command)  # draws val from the list
+    assert [len(rows) for rows in converted(tmp_path / "b").values()] == [2, 1]
+    with pytest.raises(UserError, match="--train-list is needed beside --val-list"):
+        convert.main([layout, str(root), str(tmp_path / "c"), "--val-list", "mine"])
+    with pytest.raises(UserError, match="nowhere"):
+        convert.main([layout, str(root), str(tmp_path / "c"), "--train-list", "nowhere"])
+
+
 @pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
 def test_convert_draws_a_split_where_there_is_none(layout: str, tmp_path: Path) -> None:
     if layout == "voc":
@@ -1034,8 +1239,8 @@ def test_convert_draws_a_split_where_there_is_none(layout: str, tmp_path: Path) 
             if path.is_dir():
                 path.rmdir()
     if layout == "coco":
-        rows = formats.read(formats.find("yolo", root), root)["all"]
-        document = formats.as_coco(rows, root / "images", [(3, "red"), (7, "blue")])
+        rows = conversion.read(conversion.find("yolo", root), root)[0]["train"]
+        document = conversion.as_coco(rows, root / "images", [(3, "red"), (7, "blue")])
         shutil.rmtree(root / "labels")
         write(root / "result.json", json.dumps(document))
     drawn = {}
@@ -1052,9 +1257,29 @@ def test_convert_draws_a_split_where_there_is_none(layout: str, tmp_path: Path) 
         assert about.categories == ((3, "red"), (7, "blue"))  # ids stay
 
 
+def test_convert_takes_coco_images_that_share_a_file(tmp_path: Path) -> None:
+    """c51: one entry of `images` for each box."""
+    convert.main(["yolo", str(yolo(tmp_path / "data")), str(tmp_path / "a")])
+    for path in (tmp_path / "a" / "annotations").iterdir():
+        document = json.loads(path.read_text())
+        images = {image["id"]: image for image in document["images"]}
+        boxes = document["annotations"]
+        document["images"] = [images[box["image_id"]] | {"id": box["id"]} for box in boxes]
+        document["annotations"] = [box | {"image_id": box["id"]} for box in boxes]
+        path.write_text(json.dumps(document))
+    for options in ([], ["--copy"]):
+        output = tmp_path / f"out{len(options)}"
+        convert.main(["coco", str(tmp_path / "a"), str(output), *options])
+        document = json.loads((output / "annotations/instances_val2017.json").read_text())
+        names = [image["file_name"] for image in document["images"]]
+        assert names == ["v3.png", "v3.png", "v4.png", "v4.png"]
+        boxes = [box["bbox"] for box in document["annotations"]]
+        np.testing.assert_allclose(boxes, [red(3), BLUE, red(4), BLUE], rtol=0, atol=1e-3)
+
+
 def test_frames_of_one_video_stay_together(tmp_path: Path) -> None:
     samples = [
-        formats.Sample(Path(f"/x/video{v}_{f}.jpg"), (90, 120)) for v in range(5) for f in range(4)
+        labelled.Sample(Path(f"/x/video{v}_{f}.jpg"), (90, 120)) for v in range(5) for f in range(4)
     ]
     for seed in range(5):
         drawn = convert.split_samples(samples, 0.3, seed, r"^(video\d)_")

@@ -19,9 +19,8 @@ from PIL import Image
 from test_coco_json import annotation, valid
 from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
-from data import coco_json, formats
+from data import coco_json, coco_rules, labelled
 from tools import check_data
-from tools.plots import data_plots
 from utils import UserError
 
 
@@ -44,9 +43,9 @@ def make_folder(root: Path, files: dict[str, bytes], document: Any = None) -> Pa
     return root
 
 
-def findings(root: Path) -> dict[str, coco_json.Finding]:
+def findings(root: Path) -> dict[str, coco_rules.Finding]:
     path = root / "annotations" / "instances_train2017.json"
-    split = check_data.check_split("train", root / "train2017", path, workers=2)
+    split = check_data.check_split("train", root / "train2017", path, 2, 800, 1333)
     return {finding.what: finding for finding in split.findings}
 
 
@@ -96,12 +95,9 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
         *("image files in a slow format",),
         *("image files turned by EXIF, which their size cannot confirm",),
     }
-    rules = {rule for rule in coco_json.RULES if "image files" in rule}
-    # Those are in test_coco_utils.
-    assert rules - set(found) == {
-        "image files that cannot be read",
-        "image files outside of the image folder",
-    }
+    rules = {rule for rule in coco_rules.RULES if "image files" in rule}
+    # That one is in test_coco_utils.
+    assert rules - set(found) == {"image files that cannot be read"}
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
@@ -113,7 +109,6 @@ def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None
     found = findings(make_folder(tmp_path / "data", files, document))
     assert {
         *("annotations of an unknown category_id", "file_name not below the image folder", DAMAGED),
-        "image files that are empty",
     } <= set(found)
 
 
@@ -174,7 +169,7 @@ def test_table_lists_findings_with_count_and_fix(tmp_path: Path) -> None:
     done = run_script("-m", "tools.check_data", "--data-path", root, check=False)
     assert done.returncode == 1
     lines = [line.strip() for line in done.stdout.splitlines()]
-    start = lines.index(f"ERROR{12:>11}  train: image files that are empty")
+    start = lines.index(f"ERROR{12:>11}  train: image files that are damaged")
     assert lines[start + 1] == "100 '0.jpg' is empty"
     assert lines[start + 11 : start + 13] == ["and 2 more", "→ copy them again, or take them out"]
 
@@ -214,17 +209,8 @@ def test_file_without_coco_shape_is_reported_alone(tmp_path: Path) -> None:
     assert done.stdout.count("annotation file that is not COCO's") == 2
 
 
-def test_best_overlap_is_that_of_concentric_boxes() -> None:
-    sides = np.array([[32.0, 32.0], [32.0, 64.0], [16.0, 16.0], [10.0, 1000.0]])
-    found = data_plots.best_overlap(sides)
-    assert found[0] == pytest.approx(1)
-    assert found[1] == pytest.approx(2048 / 2500)  # two anchors high as wide, of side 50
-    assert found[2] == pytest.approx(16**2 / 32**2)  # no anchor is smaller
-    assert found[3] < 0.2
-
-
 def test_the_documentation_lists_every_rule_as_it_is() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     rules = {row[0]: (row[1], row[2]) for row in rows if row[1] in ("error", "warning")}
-    assert rules == coco_json.RULES | formats.RULES
+    assert rules == coco_rules.RULES | labelled.RULES

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -866,7 +867,7 @@ def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tu
         "args": {"batches_per_step": 1},
         "categories": [{"id": 1, "name": "a", "label": 1}],
     }
-    return state, (model, optimizer, scaler)
+    return state, SimpleNamespace(model=model, optimizer=optimizer, scaler=scaler)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
@@ -874,7 +875,7 @@ def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tu
 def test_a_checkpoint_of_the_same_run_fits(tmp_path: Path, opt: str, fp16: bool) -> None:
     state, parts = _run_state(opt, fp16)
     torch.save(state, tmp_path / "a.pth")
-    resuming.require_fitting(checkpoint.load(tmp_path / "a.pth"), *parts, tmp_path / "a.pth")
+    resuming.require_fitting(checkpoint.load(tmp_path / "a.pth"), parts, tmp_path / "a.pth")
 
 
 def _change(**parts: Any) -> Callable[[dict[str, Any]], None]:
@@ -931,11 +932,11 @@ def test_a_checkpoint_of_wrong_structure_is_refused_with_its_name(
     torch.save(state, path)
     with pytest.raises(UserError, match=message) as raised:
         saved = resuming.from_torchvision(checkpoint.load(path), {}, 1, path)
-        resuming.require_fitting(saved, *parts, path)
+        resuming.require_fitting(saved, parts, path)
     assert str(path) in str(raised.value)
 
 
 def test_a_checkpoint_without_the_gradient_scale_does_not_fit_fp16(tmp_path: Path) -> None:
     state, _ = _run_state()
     with pytest.raises(UserError, match="'scaler' lacks scale, growth_factor"):
-        resuming.require_fitting(state, *_run_state(fp16=True)[1], tmp_path / "a.pth")
+        resuming.require_fitting(state, _run_state(fp16=True)[1], tmp_path / "a.pth")

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import coco_json, locate
+from data import coco_arrays, coco_json, coco_rules, locate
 from utils import UserError
 
 Document = dict[str, Any]
@@ -90,25 +90,30 @@ def text(change: Callable[[str], str], encoding: str = "utf-8") -> Callable[[], 
 
 
 BOX, IMAGE, CATEGORY = ("annotations", 1), ("images", 1), ("categories", 0)
+NOT_COCO = "annotation file that is not COCO's"
 NOT_BOX = "bbox that is not four finite numbers"
 UNSAFE = "file_name not below the image folder"
-FLAT = "boxes without width or height"
+LOST = "boxes without width or height in their image"
+NUMBERED = "annotations without an id of their own"
 UNSIZED = "images without width or height"
-LOST = "boxes outside of their image, or thinner than 0.001 px"
 CUT = "boxes partly outside of their image"
 ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
-    "empty file": (lambda: b"", "annotation file that is empty", "coco.json"),
+    "empty file": (
+        lambda: b"",
+        "annotation file that is not JSON, or cut short",
+        "Expecting value at byte 0 of 0",
+    ),
     "latin-1": (text(str, "latin-1"), "annotation file that is not UTF-8", "byte 27"),
-    "utf-16": (text(str, "utf-16"), "annotation file in UTF-16 or UTF-32", "it is UTF-16 ("),
+    "utf-16": (text(str, "utf-16"), "annotation file that is not UTF-8", "it is UTF-16 ("),
     "utf-16 without its mark": (
         text(str, "utf-16-le"),
-        "annotation file in UTF-16 or UTF-32",
+        "annotation file that is not UTF-8",
         "it is UTF-16-LE (convert it: iconv -f UTF-16 -t UTF-8 FILE",
     ),
     "json lines": (
         lambda: b'{"images": []}\n{"annotations": []}\n',
         "annotation file that is not JSON",
-        "a second value, as in JSON Lines, at byte 15 (line 2)",
+        "a second value, as in JSON Lines, at byte 15 of 35 (line 2)",
     ),
     "latin-1 where nothing is read": (
         lambda: changed("info", to={"x": "?"})().replace(b"?", b"\xff"),
@@ -118,7 +123,7 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "cut short": (
         text(lambda t: t[:200]),
         "annotation file that is not JSON, or cut",
-        "starting at byte 200 (line 1)",
+        "starting at byte 200 of 20",
     ),
     "a comma too many": (text(lambda t: t.replace("]}", "],}")), "is not JSON, or cut", "at byte"),
     "nested too deeply": (
@@ -133,16 +138,16 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     ),
     "a number": (lambda: b"5", "annotation file that is not COCO's", "$ is no object"),
     "test images only": (changed("annotations", to=...), "no list of annotations", "$.annotations"),
-    "no categories list": (changed("categories", to=...), "list missing", "$.categories"),
-    "images by id": (changed("images", to={"1": {}}), "list missing", "$.images"),
-    "annotations a number": (changed("annotations", to=5), "list missing", "$.annotations"),
-    "categories null": (changed("categories", to=None), "list missing", "$.categories"),
+    "no categories list": (changed("categories", to=...), NOT_COCO, "$.categories"),
+    "images by id": (changed("images", to={"1": {}}), NOT_COCO, "$.images"),
+    "annotations a number": (changed("annotations", to=5), NOT_COCO, "$.annotations"),
+    "categories null": (changed("categories", to=None), NOT_COCO, "$.categories"),
     "annotations twice": (
         text(lambda t: t[:-1] + ', "annotations": []}'),
-        "list given twice, of which one would be lost",
+        "lists that occur twice",
         "$.annotations",
     ),
-    "image as number": (changed(*IMAGE, to=20), "entries that are not an object", "$.images[1]"),
+    "image as number": (changed(*IMAGE, to=20), NOT_COCO, "$.images[1]"),
     "image id as text": (
         changed(*IMAGE, "id", to="20"),
         "id that is not a 64-bit integer",
@@ -201,7 +206,7 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "iscrowd as text": (changed(*BOX, "iscrowd", to="no"), "iscrowd that is not 0 or 1", "(id 5)"),
     "iscrowd 2": (
         changed(*BOX, "iscrowd", to=2),
-        "annotations with iscrowd other than 0 or 1",
+        "iscrowd that is not 0 or 1",
         "5 (iscrowd 2)",
     ),
     "file_name a number": (
@@ -231,7 +236,11 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "annotation id twice": (changed(*BOX, "id", to=6), "annotation ids that occur twice", "6"),
     "category id twice": (changed(*CATEGORY, "id", to=1), "category ids that occur twice", "1"),
     "name twice": (changed(*CATEGORY, "name", to="cat"), "category names that occur twice", "cat"),
-    "height below 0": (changed(*IMAGE, "height", to=-9), "width or height not positive", "60 x -9"),
+    "height below 0": (
+        changed(*IMAGE, "height", to=-9),
+        "width or height not positive",
+        "jpg', width 60, height -9)",
+    ),
     "90 megapixels": (changed(*IMAGE, "width", to=10**6), "images over 89 megapixels", "20 "),
     "huge sides": (
         lambda: json.dumps(
@@ -240,16 +249,32 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
         "images over 89 megapixels",
         "10 ",
     ),
-    "absolute name": (changed(*IMAGE, "file_name", to="/etc/passwd"), UNSAFE, "20 '/etc/passwd'"),
+    "absolute name": (
+        changed(*IMAGE, "file_name", to="/etc/passwd"),
+        UNSAFE,
+        "20 (file_name '/etc/passwd')",
+    ),
     "name with ..": (
         changed(*IMAGE, "file_name", to="x/../../y.jpg"),
         UNSAFE,
-        "20 'x/../../y.jpg'",
+        "20 (file_name 'x/../../y.jpg')",
     ),
-    "name with ..\\": (changed(*IMAGE, "file_name", to="..\\y.jpg"), UNSAFE, "20 '..\\\\y.jpg'"),
-    "name with a drive": (changed(*IMAGE, "file_name", to="C:\\y.jpg"), UNSAFE, "20 'C:\\\\y.jpg'"),
-    "name with NUL": (changed(*IMAGE, "file_name", to="y\0.jpg"), UNSAFE, "20 'y\\x00.jpg'"),
-    "empty name": (changed(*IMAGE, "file_name", to=""), UNSAFE, "20 ''"),
+    "name with ..\\": (
+        changed(*IMAGE, "file_name", to="..\\y.jpg"),
+        UNSAFE,
+        "20 (file_name '..\\\\y.jpg')",
+    ),
+    "name with a drive": (
+        changed(*IMAGE, "file_name", to="C:\\y.jpg"),
+        UNSAFE,
+        "20 (file_name 'C:\\\\y.jpg')",
+    ),
+    "name with NUL": (
+        changed(*IMAGE, "file_name", to="y\0.jpg"),
+        UNSAFE,
+        "20 (file_name 'y\\x00.jpg')",
+    ),
+    "empty name": (changed(*IMAGE, "file_name", to=""), UNSAFE, "(file_name '')"),
     "only unknown images": (
         each("annotations", lambda row: row | {"image_id": row["image_id"] + 5}),
         "annotations that all are of an unknown image_id",
@@ -257,13 +282,13 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     ),
     "images counted from 0, image_id from 1": (
         lambda: json.dumps(counted_from(images=0, image_ids=1)).encode(),
-        "image_id shifted by one against the images",
-        "1 to 3, but the ids are 0 to 2",
+        "ids shifted by one",
+        "image_id is 1 to 3, but the ids of images are 0 to 2",
     ),
     "categories counted from 1, category_id from 0": (
         each("annotations", lambda row: row | {"category_id": row["category_id"] - 1}),
-        "category_id shifted by one against the categories",
-        "0 to 1, but the ids are 1 to 2",
+        "ids shifted by one",
+        "category_id is 0 to 1, but the ids of categories are 1 to 2",
     ),
     "shares of the image": (
         each("annotations", lambda row: row | {"bbox": [0.25, 0.5, 0.5, 0.125]}),
@@ -284,38 +309,41 @@ WARNINGS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     ),
     "image id as float": (
         changed(*IMAGE, "id", to=20.0),
-        "whole numbers written as 1.0",
+        "numbers written as 1.0 or as text",
         "$.images[1].id = 20.0",
     ),
     "iscrowd as numeral": (
         changed(*BOX, "iscrowd", to="0"),
-        "whole numbers written as text",
+        "numbers written as 1.0 or as text",
         '$.annotations[1].iscrowd = "0"',
     ),
     "iscrowd null": (changed(*BOX, "iscrowd", to=None), "annotations without iscrowd", "5"),
     "area null": (changed(*BOX, "area", to=None), "annotations without area", "5"),
     "area NaN": (changed(*BOX, "area", to=float("nan")), "annotations without area", "5"),
-    "annotation id missing": (changed(*BOX, "id", to=...), "annotations without id", "number 2"),
-    "annotation id null": (changed(*BOX, "id", to=None), "annotations without id", "number 2"),
-    "annotation ids of each image": (
-        changed(*BOX, "id", to=7),
-        "annotation ids that start again in each image",
-        "7",
+    "annotation id missing": (
+        changed(*BOX, "id", to=...),
+        NUMBERED,
+        "number 2",
+    ),
+    "annotation id null": (
+        changed(*BOX, "id", to=None),
+        NUMBERED,
+        "number 2",
     ),
     "background": (
         changed(*CATEGORY, "name", to="__background__"),
         "categories named background",
         "'__background__'",
     ),
-    "no width": (changed(*IMAGE, "width", to=...), UNSIZED, "20 'sub/b c.jpg'"),
-    "width null": (changed(*IMAGE, "width", to=None), UNSIZED, "20 'sub/b c.jpg'"),
-    "height 0": (changed(*IMAGE, "height", to=0), UNSIZED, "20 'sub/b c.jpg'"),
+    "no width": (changed(*IMAGE, "width", to=...), UNSIZED, "20 (file_name 'sub/b c.jpg')"),
+    "width null": (changed(*IMAGE, "width", to=None), UNSIZED, "20 (file_name 'sub/b c.jpg')"),
+    "height 0": (changed(*IMAGE, "height", to=0), UNSIZED, "20 (file_name 'sub/b c.jpg')"),
     "below it": (changed(*BOX, "bbox", to=[1, 78, 5, 7]), CUT, "5 [1.0, 78.0, 5.0, 7.0]"),
     "no iscrowd": (changed(*BOX, "iscrowd", to=...), "annotations without iscrowd", "5"),
     "no area": (changed(*BOX, "area", to=...), "annotations without area", "5"),
     "id 0": (changed(*BOX, "id", to=0), "annotations with the id 0", "0 (image_id 10)"),
-    "width 0": (changed(*BOX, "bbox", to=[1, 1, 0, 5]), FLAT, "5 [1.0, 1.0, 0.0, 5.0]"),
-    "height below 0": (changed(*BOX, "bbox", to=[1, 9, 5, -5]), FLAT, "5 [1.0, 9.0, 5.0, -5.0]"),
+    "width 0": (changed(*BOX, "bbox", to=[1, 1, 0, 5]), LOST, "5 [1.0, 1.0, 0.0, 5.0]"),
+    "height below 0": (changed(*BOX, "bbox", to=[1, 9, 5, -5]), LOST, "5 [1.0, 9.0, 5.0, -5.0]"),
     "outside": (changed(*BOX, "bbox", to=[200, 1, 5, 5]), LOST, "5 [200.0, 1.0, 5.0, 5.0]"),
     "far outside": (changed(*BOX, "bbox", to=[-1e300, 1, 1e301, 5]), LOST, "5 [-1e+300"),
     "thin": (changed(*BOX, "bbox", to=[1, 1, 1e-4, 5]), LOST, "5 [1.0, 1.0, 0.0001, 5.0]"),
@@ -331,14 +359,18 @@ WARNINGS: dict[str, tuple[Callable[[], bytes], str, str]] = {
 
 
 BEYOND_A_FILE = {
-    *("width and height that are swapped", "no box to train on", "no box to evaluate with"),
-    *("classes of training that val does not name", "classes with another id in val"),
-    *("annotation file that is both train and val", "images that are in train and val"),
-    *("file names with a backslash", "file names that are URL-encoded"),
-    *("file names that repeat the image folder", "file names with a suffix in another case"),
-    *("annotations of an unknown image_id", "unused categories with the name of another"),
-    *("boxes that look like x1 y1 x2 y2", "whole numbers written as text"),
-}
+    "width and height that are swapped",
+    "no box to train on",
+    "no box to evaluate with",
+    "classes of training that val lacks, or numbers otherwise",
+    "splits that name different classes",
+    "images that are in train and val",
+    "file names in another spelling",
+    "annotations of an unknown image_id",
+    "unused categories with the name of another",
+    "boxes that look like x1 y1 x2 y2",
+    "images that resizing makes 0 pixels wide or high",
+}  # in test_cases_coco
 
 
 def write(folder: Path, content: bytes) -> Path:
@@ -372,9 +404,8 @@ def test_warning_states_its_rule(case: str, tmp_path: Path) -> None:
 
 def test_every_rule_on_a_file_has_a_fixture() -> None:
     tested = {what for _, what, _ in (*ERRORS.values(), *WARNINGS.values())}
-    rules = {rule for rule in coco_json.RULES if "image files" not in rule}
-    rules -= {"annotations that cannot be cached", "splits that name different classes"}
-    rules -= BEYOND_A_FILE  # in test_cases_coco
+    rules = {rule for rule in coco_rules.RULES if "image files" not in rule}
+    rules -= BEYOND_A_FILE | {"annotations that cannot be cached"}
     assert {rule for rule in rules if not any(what in rule for what in tested)} == set()
     assert len(ERRORS) + len(WARNINGS) >= 35
 
@@ -395,7 +426,8 @@ def test_all_errors_are_listed_in_lines_of_200_characters_with_count_and_fix(
     assert unknown.startswith("  error: annotations of an unknown category_id (1,125): 100 (")
     assert unknown.endswith(", … (remove them, or add the category)")
     (unsafe,) = [line for line in lines if "file_name" in line]
-    assert "30 '../long/" in unsafe and "…" in unsafe and r"x\n.png' (give the path" in unsafe
+    assert "30 (file_name '../long/" in unsafe and "…" in unsafe
+    assert r"x\n.png') (make it relative" in unsafe
 
 
 @pytest.mark.parametrize(
@@ -446,7 +478,7 @@ def as_number(value: Any) -> Any:
     return int(value) if isinstance(value, str | float) and value == value else value
 
 
-def assert_equals_json(annotations: coco_json.Annotations, content: bytes) -> None:
+def assert_equals_json(annotations: coco_arrays.Annotations, content: bytes) -> None:
     """Check against what Python's own reader makes of the file, and of what has one meaning."""
     document = json.loads(content.decode("utf-8-sig"))
     images, rows = document["images"], document["annotations"]
@@ -606,7 +638,7 @@ def test_fingerprint_changes_with_what_training_sees(tmp_path: Path) -> None:
 
 
 def test_a_summary_tells_what_changed_in_the_data(tmp_path: Path) -> None:
-    def read(document: Document) -> coco_json.Annotations:
+    def read(document: Document) -> coco_arrays.Annotations:
         return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[0]
 
     before = read(valid())
@@ -615,28 +647,28 @@ def test_a_summary_tells_what_changed_in_the_data(tmp_path: Path) -> None:
     gone = document["images"].pop()["id"]
     left = [a for a in document["annotations"] if a["image_id"] != gone]
     document["annotations"] = left
-    told = coco_json.differences("training data", old, read(document))
+    told = coco_arrays.differences("training data", old, read(document))
     assert f"images {len(before)} → {len(before) - 1}" in told and f"image id {gone}" in told
     document = valid()
     document["annotations"][0]["bbox"][2] += 1
-    told = coco_json.differences("training data", old, read(document))
+    told = coco_arrays.differences("training data", old, read(document))
     first = document["annotations"][0]["image_id"]
     assert told == f"training data: the first difference is at image id {first}"
     document = valid()
     name = document["categories"][0]["name"]
     document["categories"][0]["name"] = "yak"
-    told = coco_json.differences("training data", old, read(document))
+    told = coco_arrays.differences("training data", old, read(document))
     assert f"classes removed: {name}" in told and "classes added: yak" in told
     document = valid()
     number = document["annotations"].pop(0)["category_id"]
     (name,) = [c["name"] for c in document["categories"] if c["id"] == number]
-    told = coco_json.differences("training data", old, read(document))
+    told = coco_arrays.differences("training data", old, read(document))
     count = old["classes"][name]
     assert (
         f"boxes {old['boxes']} → {old['boxes'] - 1}" in told
         and f"{name} {count} → {count - 1}" in told
     )
-    told = coco_json.differences("training data", None, before)
+    told = coco_arrays.differences("training data", None, before)
     assert "does not remember" in told
 
 
@@ -644,13 +676,13 @@ def test_a_summary_of_many_images_stays_small_and_finds_the_part(tmp_path: Path)
     images = [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in range(5, 3005)]
     document = valid() | {"images": images, "annotations": []}
 
-    def read() -> coco_json.Annotations:
+    def read() -> coco_arrays.Annotations:
         return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[0]
 
     old = json.loads(json.dumps(read().summary()))
     assert old["per_part"] == 3 and len(old["parts"]) == 1000
     images[7]["width"] = 8
-    told = coco_json.differences("training data", old, read())
+    told = coco_arrays.differences("training data", old, read())
     assert told.endswith("within the 3 images that begin with image id 11")
 
 

@@ -23,7 +23,7 @@ from test_coco_json import Document, annotation, valid, write
 
 import coco_utils
 import presets
-from data import coco_json, image_files, loading, locate
+from data import coco_json, coco_rules, image_files, loading, locate
 from utils import UserError
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
@@ -137,7 +137,7 @@ def scans(number: int) -> bytes:
 
 
 BAD: dict[str, tuple[bytes, str, str]] = {
-    "empty": (b"", "image files that are empty", "is empty"),
+    "empty": (b"", DAMAGED, "is empty"),
     "text": (b"not an image", FOREIGN, "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
     "jpeg 2000": (
         encoded(PICTURE, format="JPEG2000"),
@@ -190,7 +190,7 @@ def test_bad_image_is_an_error_that_says_why(case: str, tmp_path: Path) -> None:
     content, rule, message = BAD[case]
     with pytest.raises(image_files.ImageError) as caught:
         read(tmp_path, content, (40, 64))
-    assert caught.value.rule == rule and rule in coco_json.RULES
+    assert caught.value.rule == rule and rule in coco_rules.RULES
     assert message in str(caught.value)
 
 
@@ -289,9 +289,7 @@ def test_official_classes_keep_their_labels() -> None:
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(valid()).encode()))
     label_map = coco_utils.label_categories(((1, "cat"), (2, "cow")))
-    with pytest.raises(
-        UserError, match=r"only the former has \['dog'\], only the latter \['cow'\]"
-    ):
+    with pytest.raises(UserError, match=r"only here \['dog'\], only in the checkpoint \['cow'\]"):
         coco_utils.match_classes(label_map, annotations, "the checkpoint")
 
 
@@ -346,7 +344,7 @@ def test_images_with_objects_follows_torchvision(tmp_path: Path) -> None:
         annotation(2, 20, 1, [1, 1, 1.5, 9], iscrowd=1),
     ]
     annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
-    assert locate.images_with_objects(annotations).tolist() == [1]
+    assert annotations.images_with_objects().tolist() == [1]
 
 
 def test_same_sample_for_same_seed_epoch_index(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import utils
 from models import precision
 from models.averaging import make_ema
 from models.build import build_model
+from runtime import train_state
 from runtime.distributed import Processes
 from runtime.optimization import build_optimizer
 from runtime.train_state import MIN_SCALE, TrainState
@@ -109,7 +110,7 @@ def run(
         Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=per_step,
-        weight=lambda position: 1 / per_step,
+        batch_weight=lambda position: 1 / per_step,
         after_step=after_step,
         amp_dtype=amp_dtype,
         print_freq=1,
@@ -245,14 +246,18 @@ def test_what_is_not_finite_is_first_put_down_to_the_likeliest_cause(
     tmp_path: Path, amp_dtype: torch.dtype | None, clip: float | None, opt: str, first: str
 ) -> None:
     optimizer = make_state(tmp_path, opt=opt).optimizer
-    text = engine._advice(optimizer, 1e-3, amp_dtype, clip)
+    text = train_state.advice_on_not_finite(optimizer, 1e-3, amp_dtype, clip)
     assert re.search(f"Most likely {first}.*Only then check the boxes", text), text
 
 
 def epoch(state: TrainState, batches: list[Batch], **options: Any) -> list[dict[str, float] | None]:
     """Train on `batches`; return what `after_step` got of each step."""
     lines: list[dict[str, float] | None] = []
-    options = {"weight": lambda position: 1.0, "batches_per_step": 1, "print_freq": 100} | options
+    options = {
+        "batch_weight": lambda position: 1.0,
+        "batches_per_step": 1,
+        "print_freq": 100,
+    } | options
 
     def after_step(line: dict[str, float] | None, stop: bool) -> bool:
         lines.append(line)
@@ -421,7 +426,7 @@ def test_a_stop_is_honoured_between_two_steps(tmp_path: Path) -> None:
         Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
-        weight=lambda position: 1.0,
+        batch_weight=lambda position: 1.0,
         after_step=lambda line, stop: stop,
         should_stop=lambda: state.step == 1,
     )
@@ -490,7 +495,7 @@ def test_a_micro_batch_of_weight_0_leaves_no_trace(tmp_path: Path) -> None:
     for count in (1, 2):
         states.append(make_state(tmp_path, from_scratch=True, ema_decay=0.9))
         weight = [1.0, 0.0].__getitem__
-        epoch(states[-1], batches[:count], batches_per_step=count, weight=weight)
+        epoch(states[-1], batches[:count], batches_per_step=count, batch_weight=weight)
     assert any("num_batches_tracked" in name for name in everything_of(states[0]))
     assert_equal(*map(everything_of, states))
 
@@ -553,7 +558,7 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
         Processes(torch.device("cpu"), rank, world_size),
         seed=0,
         batches_per_step=world_size,
-        weight=weight.__getitem__,
+        batch_weight=weight.__getitem__,
         after_step=lambda line, stop: stop,
     )
     if rank == 0:

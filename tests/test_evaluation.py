@@ -14,20 +14,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import make_run
 from torch import nn
 from torchvision.models import detection
 
 import engine
 import train
 import utils
-from coco_eval import CocoEvaluator
+from coco_eval import FILES, CocoEvaluator, Results
 from coco_utils import CocoDetection, label_categories
 from data.coco_json import read_annotations
 from data.loading import collate
@@ -38,7 +38,6 @@ from models.precision import autocast
 from models.transform import padded_sizes
 from models.weights import load_trained
 from runtime import checkpoint, distributed
-from runtime import run_folder as run_module
 from runtime.distributed import PeerError, Processes, join_process_group
 from runtime.options import check_flags, parse_args
 from utils import UserError
@@ -79,7 +78,7 @@ def evaluate(
     reverse: bool = False,
     with_losses: bool = False,
     same_size: bool = True,
-) -> engine.Evaluation:
+) -> Results:
     sizes = padded_sizes(model, data.sizes())
     numbers = same_size_batches(sizes if same_size else np.zeros_like(sizes), batch_size)
     batches = [collate([data[0, i] for i in batch]) for batch in numbers]
@@ -269,43 +268,31 @@ def test_impossible_post_processing_is_refused(flags: list[str], message: str) -
 # --- the best -------------------------------------------------------------------------------------
 
 
-def bare_run(monkeypatch: pytest.MonkeyPatch, aps: list[float]) -> tuple[run_module.Run, list[int]]:
-    """Make a run that scores `aps`, and the list of epochs that it kept as best."""
-    copied: list[int] = []
-    run = object.__new__(run_module.Run)
-    run.folder, run.processes, run.tensorboard = Path("nowhere"), CPU, None
-    run.evaluated, run.settings = set(), {"eval_every": 1, "epochs": 9}
-    run.state = SimpleNamespace(best=None, epoch=0, position=0, model_to_evaluate=nn.Identity())  # type: ignore[assignment]
-    results = iter(aps)
-    run.evaluation = SimpleNamespace(run=lambda *_: (True, {"AP": next(results)}))  # type: ignore[assignment]
-    monkeypatch.setattr(run_module.Run, "_record", lambda *_: None)
-    checkpoint = run_module.checkpoint
-    monkeypatch.setattr(checkpoint, "copy", lambda *_: copied.append(run.state.epoch - 1))
-    return run, copied
-
-
 def test_the_best_is_the_first_of_equals_and_minus_one_is_beaten(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    run, copied = bare_run(monkeypatch, [-1.0, 0.0, 0.5, 0.5, 0.4, 0.6])
-    for epoch in range(6):
+    run, copied = make_run(tmp_path, epochs=9), []
+    monkeypatch.setattr(checkpoint, "copy", lambda *_: copied.append(run.state.epoch - 1))
+    for epoch, ap in enumerate([-1.0, 0.0, 0.5, 0.5, 0.4, 0.6]):
         run.state.epoch = epoch + 1
-        assert run.evaluation_is_due() and run.evaluate() and not run.evaluation_is_due()
+        assert run.evaluation_is_due()
+        run.record_evaluation({"AP": ap})
+        assert not run.evaluation_is_due()
     assert copied == [0, 1, 2, 5]
     assert run.state.best == 0.6
 
 
-def test_eval_every_zero_is_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, _ = bare_run(monkeypatch, [])
-    run.settings["eval_every"] = 0
+@pytest.mark.parametrize(
+    "every, due", [(0, []), (4, [4, 8, 9])], ids=["0 is never", "4 and the last"]
+)
+def test_epochs_to_evaluate(every: int, due: list[int], tmp_path: Path) -> None:
+    run = make_run(tmp_path, epochs=9, eval_every=every)
+    seen = []
     for epoch in range(10):
         run.state.epoch = epoch
-        assert not run.evaluation_is_due()
-    run.settings["eval_every"] = 4
-    due = []
-    for run.state.epoch in range(10):
-        due += [run.state.epoch] if run.evaluation_is_due() else []
-    assert due == [4, 8, 9]  # and the last
+        if run.evaluation_is_due():
+            seen.append(epoch)
+    assert seen == due
 
 
 # --- shares that take different times ------------------------------------------------------------
@@ -501,7 +488,7 @@ def test_a_test_leaves_the_runs_own_files_alone(
     before = {file.name for file in folder.iterdir()}
     test_only("--resume", path, "--output-dir", folder, "--save-detections")
     assert {file.name for file in folder.iterdir()} == before | {"eval"}
-    assert {file.name for file in place.iterdir()} == set(run_module.FILES)
+    assert {file.name for file in place.iterdir()} == set(FILES)
     analysis = json.loads((place / "analysis.json").read_text())
     assert analysis["tested"] == {"weights": str(path), "step": 8}
     test_only("--resume", path, "--output-dir", folder)
@@ -513,7 +500,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
 ) -> None:
     path = save_run(tmp_path / "run", data, trained(data))
     (tmp_path / "file").touch()
-    monkeypatch.setattr(run_module.Evaluation, "run", lambda *_: pytest.fail("it was evaluated"))
+    monkeypatch.setattr(engine.Evaluation, "run", lambda *_: pytest.fail("it was evaluated"))
     with pytest.raises(UserError, match="cannot create .*file/eval/test"):
         test_only("--resume", path, "--output-dir", tmp_path / "file")
 

@@ -76,7 +76,7 @@ def test_a_check_without_objects_proves_nothing(
     detector, label_map = load_detector(str(trained), score_thresh=0.999)
     model = export.OneImage(detector).eval()
     export.to_onnx(model, images_of_sizes((48, 64))[0], label_map, tmp_path / "m.onnx")
-    with pytest.raises(UserError, match="nothing was found"):
+    with pytest.raises(UserError, match="the model finds no object"):
         export.compare(model, tmp_path / "m.onnx", images_of_sizes((48, 64)))
 
 

@@ -166,21 +166,20 @@ def test_ranges_are_what_they_say(whole: int, number: float) -> None:
 def test_a_size_beyond_the_data_is_refused(flags: tuple[str, str], message: str) -> None:
     args = train_script.parse_args(["--dataset", "shapes", *flags])
     with pytest.raises(UserError, match=message):
-        train_script.check_sizes(args, num_images=16, num_processes=1)
+        train_script.check_sizes(args, num_train=16, num_val=8, num_processes=1)
 
 
 # --- declared once --------------------------------------------------------------------------------
 
 
 def test_every_flag_is_read() -> None:
-    source = (ROOT / "train.py").read_text()
+    source = (ROOT / "train.py").read_text() + (ROOT / "runtime" / "options.py").read_text()
     read = {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)}
     parser = train_script.build_parser()
     for title in re.findall(r'parser\.values\(args, "(.+?)"\)', source):
         read |= {action.dest for action in parser.groups[title]}
-    read |= set(
-        re.findall(r'settings\["(\w+)"\]', (ROOT / "runtime" / "run_folder.py").read_text())
-    )
+    run = "".join(path.read_text() for path in (ROOT / "runtime").glob("*.py"))
+    read |= set(re.findall(r'settings\["(\w+)"\]', run))
     read |= set(PATHS)
     flags = set(vars(train_script.parse_args([])))
     assert flags <= read, flags - read

@@ -17,7 +17,8 @@ from conftest import TINY, run_script
 from PIL import Image
 
 from data import cache as data_cache
-from data import coco_json, formats, image_files
+from data import coco_arrays, coco_json, conversion, image_files, labelled
+from data import yolo as yolo_reader
 from utils import UserError
 
 OBJECT = "<object><name>{}</name><difficult>{}</difficult><bndbox>{}</bndbox></object>"
@@ -72,15 +73,15 @@ def yolo(root: Path) -> Path:
     return root
 
 
-def read(layout: str, root: Path, split: str = "train") -> coco_json.Annotations:
+def read(layout: str, root: Path, split: str = "train") -> coco_arrays.Annotations:
     annotations, findings = coco_json.read_annotations(
-        formats.coco_paths(layout, root)[f"{split}_annotations"]
+        conversion.coco_paths(layout, root)[f"{split}_annotations"]
     )
     assert all(found.severity == "warning" for found in findings)
     return annotations
 
 
-def boxes_by_name(annotations: coco_json.Annotations) -> dict[str, list[tuple[str, list[float]]]]:
+def boxes_by_name(annotations: coco_arrays.Annotations) -> dict[str, list[tuple[str, list[float]]]]:
     names = [annotations.categories[i][1] for i in annotations.category_index]
     rows = list(zip(names, annotations.boxes_xywh.tolist(), strict=True))
     return {
@@ -100,7 +101,7 @@ def test_voc_keeps_every_image_name_and_box(tmp_path: Path) -> None:
     assert cat == [0, 1, 31, 21] and difficult == [4, 4, 5, 5]  # VOC counts pixels from 1
     assert annotations.iscrowd.tolist() == [False, True]  # difficult: neither trained nor scored
     assert annotations.sizes.tolist() == [[40, 64]] * 2
-    paths = formats.coco_paths("voc", root)
+    paths = conversion.coco_paths("voc", root)
     assert (paths["train_images"] / "train ü 0.jpg").is_file()
     assert boxes_by_name(read("voc", root, "val")).keys() == {"val ü 2.jpg", "val_3.jpg"}
 
@@ -140,7 +141,7 @@ def test_yolo_boxes_of_a_turned_image_are_those_that_one_sees(tmp_path: Path) ->
     annotations = read("yolo", root)
     assert annotations.sizes.tolist()[0] == [64, 40]
     assert boxes_by_name(annotations)["a b ü.jpg"][0] == ("R&D: x", [15, 16, 10, 32])
-    folder = formats.coco_paths("yolo", root)["train_images"]
+    folder = conversion.coco_paths("yolo", root)["train_images"]
     image = image_files.read_image(folder / "a b ü.jpg", folder, (64, 40))
     assert image.shape == (3, 64, 40)
 
@@ -149,20 +150,20 @@ def test_all_missing_files_are_counted_and_ten_are_kept(tmp_path: Path) -> None:
     root = voc(tmp_path / "data")
     lost = [f"lost_{i}" for i in range(13)]
     write(root / "ImageSets" / "Main" / "train.txt", "\n".join(lost))
-    split = formats.find("voc", root).splits["train"]
-    (finding,) = split.found.findings()
+    split = conversion.find("voc", root).splits["train"]
+    (finding,) = split.findings.as_list()
     assert finding.count == 13 and finding.cases[9] == "Annotations/lost_9.xml"
     with pytest.raises(UserError, match="a list names and that are missing"):
-        formats.coco_paths("voc", root)
+        conversion.coco_paths("voc", root)
 
 
 def test_conversion_happens_once_and_again_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, calls = yolo(tmp_path / "data"), []
-    convert = formats._read_yolo
+    convert = yolo_reader.read_split
     monkeypatch.setattr(
-        formats, "_read_yolo", lambda *given: (calls.append(given), convert(*given))[1]
+        yolo_reader, "read_split", lambda *given: (calls.append(given), convert(*given))[1]
     )
     first = boxes_by_name(read("yolo", root))
     assert boxes_by_name(read("yolo", root)) == first and len(calls) == 2  # the two splits
@@ -176,21 +177,21 @@ def test_conversion_happens_once_and_again_after_a_change(
     os.utime(label, ns=(about.st_atime_ns, about.st_mtime_ns))  # only the ctime tells
     read("yolo", root)
     assert len(calls) == 6
-    assert data_cache.folder() in formats.coco_paths("yolo", root)["val_annotations"].parents
+    assert data_cache.folder() in conversion.coco_paths("yolo", root)["val_annotations"].parents
 
 
-@pytest.mark.parametrize("split", formats.SPLITS)
+@pytest.mark.parametrize("split", labelled.SPLITS)
 @pytest.mark.parametrize("damage", ["cut", "edited", "removed", "empty"])
 def test_a_damaged_json_in_the_cache_is_made_again(split: str, damage: str, tmp_path: Path) -> None:
     root = yolo(tmp_path / "data")
-    path = formats.coco_paths("yolo", root)[f"{split}_annotations"]
+    path = conversion.coco_paths("yolo", root)[f"{split}_annotations"]
     whole = path.read_bytes()
     if damage == "removed":
         path.unlink()
     else:
         edited = whole.replace(b'"width": ', b'"width": 1', 1)
         path.write_bytes({"cut": whole[:-20], "edited": edited, "empty": b""}[damage])
-    assert formats.coco_paths("yolo", root)[f"{split}_annotations"] == path
+    assert conversion.coco_paths("yolo", root)[f"{split}_annotations"] == path
     assert path.read_bytes() == whole
 
 
@@ -237,7 +238,7 @@ def test_bccd_comes_back_from_both_layouts(
                 np.testing.assert_allclose(*corners, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", formats.LAYOUTS)
+@pytest.mark.parametrize("layout", conversion.LAYOUTS)
 def test_train_py_takes_the_layout_and_keeps_its_label_map(layout: str, tmp_path: Path) -> None:
     root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
     run = tmp_path / "run"

@@ -71,7 +71,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path, larg
         Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
-        weight=lambda position: 1.0,
+        batch_weight=lambda position: 1.0,
         after_step=lambda line, stop: stop,
         clip_grad_norm=largest,
     )
@@ -93,7 +93,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path: Path) -> N
         Processes(torch.device("cpu")),
         seed=0,
         batches_per_step=1,
-        weight=lambda position: 1.0,
+        batch_weight=lambda position: 1.0,
         after_step=lambda line, stop: stop,
     )
     moved = {k for k, v in state.model.state_dict().items() if not torch.equal(v, before[k])}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from docs.explain import pictures as explain_pictures
 from models.build import build_model, load_detector
 from runtime import checkpoint
 from tools import predict, visualize
+from tools.plots import method
 from utils import UserError
 
 LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]
@@ -49,7 +50,7 @@ def images(tiny_shapes: Path, tmp_path: Path) -> Path:
 
 
 def run(*arguments: Path | str) -> int:
-    return predict.main([*map(str, arguments), "--device", "cpu", "--workers", "0"])
+    return predict.main(["--workers", "0", *map(str, arguments), "--device", "cpu"])
 
 
 def test_results_are_those_of_the_model_called_by_hand(
@@ -118,6 +119,39 @@ def test_odd_files_cost_no_other_image_its_results(
     names = [images / name for name in ("a.png", "b.jpg", "new\nline\x1b[2J.jpg", "sub/a.jpg")]
     assert {r["file_name"] for r in results} == set(map(str, names))
     assert len(list(csv.reader((out / "detections.csv").open(newline="")))) == len(results) + 1
+
+
+class CrashingFiles(predict.ImageFiles):
+    """Images of which those named crash… end the process that reads them, as a decoder may."""
+
+    def __getitem__(self, number: int) -> predict.Loaded:
+        if self.paths[number].name.startswith("crash"):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__getitem__(number)
+
+
+def test_a_decoder_that_crashes_costs_only_its_file(
+    trained: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("crash.jpg", "d.jpg", "e.jpg", "f.jpg", "g.jpg"):
+        Image.open(images / "a.jpg").save(images / name)
+    monkeypatch.setattr(predict, "ImageFiles", CrashingFiles)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
+    out = tmp_path / "out"
+    flags = ["--output-dir", out, "--batch-size", "2", "--workers", "1", "--score-thresh", "0"]
+    assert run("--checkpoint", trained, images, *flags) == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        f"error: {images}/crash.jpg: ended the process that decoded it: damaged, or too large"
+    ]
+    results = json.loads((out / "detections.json").read_text())
+    names = {Path(r["file_name"]).name for r in results}
+    assert names == {"a.jpg", "a.png", "d.jpg", "e.jpg", "f.jpg", "g.jpg"}
+    assert "in 7 images" in printed.out
 
 
 def test_what_was_found_is_written_when_prediction_is_interrupted(
@@ -213,7 +247,7 @@ def test_a_batch_is_drawn_with_the_flags_of_train_py(tiny_shapes: Path, tmp_path
     with Image.open(picture) as image:
         assert image.width == 3 * 206 + 6  # three tiles of 200 in a row, 6 px apart
         assert len({image.getpixel((x, 40)) for x in range(image.width)}) > 20
-    with pytest.raises(UserError, match="say what to draw"):
+    with pytest.raises(UserError, match="choose what to draw"):
         visualize.main(["--data-path", str(tiny_shapes)])
 
 
@@ -229,13 +263,13 @@ def test_both_pictures_of_the_pipeline_have_the_size_that_the_checkpoint_sees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shapes = []
-    sheet = explain_pictures._sheet
+    sheet = method._sheet
 
     def noted(image: torch.Tensor, *grid: int) -> Any:
         shapes.append(tuple(image.shape))
         return sheet(image, *grid)
 
-    monkeypatch.setattr(explain_pictures, "_sheet", noted)
+    monkeypatch.setattr(method, "_sheet", noted)
     image = sorted((tiny_shapes / "val2017").iterdir())[0]
     annotations = tiny_shapes / "annotations" / "instances_val2017.json"
     named = ["--annotations", annotations, "--checkpoint", trained, "--picture", tmp_path / "p.png"]

@@ -14,13 +14,15 @@ import torch
 from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coco_eval import Analysis, CocoEvaluator, write_analysis
+from coco_eval import Analysis, CocoEvaluator, Results, write_results
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
 from tools import report
 from tools.plots import drawing, eval_plots
 from utils import UserError, run_command
@@ -96,14 +98,11 @@ def write(
     tested: dict[str, Any] | None = None,
 ) -> tuple[Analysis, CocoEvaluator]:
     analysis, label_map, evaluator = analyze(annotations, rows)
-    place.mkdir(parents=True)
     about: dict[str, Any] = {"annotations": str(annotations.path), "categories": label_map}
     if images is not None:
         about["images"] = str(images)
-    write_analysis(analysis, place, {"data": about, "tested": tested})
-    np.save(place / "detections.npy", rows)
-    metrics = evaluator.score(rows).metrics
-    (place / "results.json").write_text(json.dumps(metrics))
+    results = Results(*evaluator.score(rows), rows, analysis, {})
+    write_results(results, evaluator, place, False, {"data": about, "tested": tested})
     return analysis, evaluator
 
 
@@ -281,31 +280,28 @@ def test_perfect_detections_leave_no_worst_image(
     assert not (tmp_path / "run" / "worst_images.jpg").exists()
 
 
-def test_the_worst_images_say_the_numbers_of_the_analysis(
-    truth: Annotations, tiny_shapes: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_worst_images_name_files_and_the_numbers_of_the_analysis(
+    truth: Annotations, tiny_shapes: Path
 ) -> None:
     rows = detect(truth, 6)
     analysis, label_map, _ = analyze(truth, rows)
     missed, wrong = analysis.curves["missed"], analysis.curves["wrong"]
-    captions: list[str] = []
-    original = drawing.captioned
-
-    def caught(tile: torch.Tensor, text: str) -> torch.Tensor:
-        captions.append(text)
-        return original(tile, text)
-
-    monkeypatch.setattr(drawing, "captioned", caught)
     pictures = report.Pictures(
         truth, tiny_shapes / "train2017", label_map, rows, analysis.confidence
     )
-    assert pictures.draw_worst(missed, wrong, count=5) is not None
+    tiles = pictures.worst_tiles(missed, wrong, count=5)
     order = np.argsort(-(missed + wrong), kind="stable")[:5]
     assert (missed + wrong)[order[0]] > 1 and missed.sum() > 0 and wrong.sum() > 0
-    assert len(captions) == 10
-    for place, rank in enumerate(order.tolist()):
+    assert len(tiles) == 10
+    for rank, left, right in zip(order.tolist(), tiles[::2], tiles[1::2], strict=True):
         image_id = analysis.curves["image_ids"][rank]
-        assert captions[2 * place].startswith(f"image {image_id}: {missed[rank]} of ")
-        assert captions[2 * place + 1].startswith(f"{wrong[rank]} of ")
+        (number,) = np.flatnonzero(truth.image_ids == image_id)
+        assert left.caption[0] == f"{truth.file_name(int(number))}, id {image_id}"
+        assert left.caption[1].startswith(f"annotated: {missed[rank]} of ")
+        assert right.caption[1].startswith(f"predicted: {wrong[rank]} of ")
+        shown = [text for text in left.texts if text and text.startswith("missed ")]
+        assert len(shown) == left.labels.count(report.MISSED) == missed[rank]
+        assert len([text for text in right.texts if text]) == wrong[rank]
 
 
 # --- legible --------------------------------------------------------------------------------------
@@ -401,7 +397,7 @@ BOXES = st.lists(st.tuples(*[st.floats(-20, 340)] * 4), max_size=30)
 def test_texts_on_a_picture_never_overlap_or_leave_it(boxes: Sequence[Box], width: float) -> None:
     taken: list[Box] = []
     for box in boxes:
-        place = drawing._free_place(box, width, 14, (320, 240), taken)
+        place = drawing._free_room(box, width, 14, (320, 240), taken)
         if place is None:
             assert taken  # the first finds room
             continue
@@ -413,17 +409,73 @@ def test_texts_on_a_picture_never_overlap_or_leave_it(boxes: Sequence[Box], widt
         taken.append(place)
 
 
+def plain_tile(height: int, width: int, *caption: str) -> drawing.Tile:
+    image = torch.full((3, height, width), 40, dtype=torch.uint8)
+    return drawing.Tile(image, np.zeros((0, 4)), [], [], caption)
+
+
 def test_boxes_have_the_colour_of_their_class_and_empty_images_stay(tmp_path: Path) -> None:
-    image = torch.full((3, 100, 100), 40, dtype=torch.uint8)
     label_map = [{"label": 4, "name": "a"}, {"label": 9, "name": "b"}]
     colours = drawing.class_colours(label_map)
-    boxes = np.array([[10.0, 10, 50, 50], [60, 60, 90, 90]])
-    drawn = drawing.draw_boxes(image, boxes, [4, 9], [None, None], colours, side=200)
-    before = copy.deepcopy(image)
-    assert drawn.shape == (3, 200, 200) and torch.equal(image, before)
+    boxes = np.array([[10.0, 20, 50, 40], [60, 70, 90, 95]])
+    empty = plain_tile(100, 100)
+    tile = drawing.Tile(empty.image, boxes, [4, 9], [None, None])
+    before = copy.deepcopy(tile.image)
+    drawn = drawing.draw_boxes(tile, colours, side=200)
+    assert drawn.shape == (3, 200, 200) and torch.equal(tile.image, before)
     for box, label in zip(boxes, (4, 9), strict=True):
         x, y = (2 * box[:2]).astype(int).tolist()
         expected = [int(colours[label][i : i + 2], 16) for i in (1, 3, 5)]
         assert drawn[:, y, x].tolist() == expected
-    empty = drawing.draw_boxes(image, np.zeros((0, 4)), [], [], colours, side=200)
-    assert empty.unique().tolist() == [40]
+    assert drawing.draw_boxes(empty, colours, side=200).unique().tolist() == [40]
+
+
+def test_each_of_91_classes_has_its_own_colour_in_every_picture() -> None:
+    label_map = [{"label": label, "name": str(label)} for label in range(1, 92)]
+    colours = drawing.class_colours(label_map)
+    assert len(set(colours.values())) == len({drawing.on_white(c) for c in colours.values()}) == 91
+    assert drawing.MISSED not in colours.values()
+    assert list(colours.values())[:8] == list(drawing.PALETTE)
+
+
+@pytest.mark.parametrize("shape", [(60, 100), (100, 60), (30, 100)])
+def test_a_row_has_no_gaps_and_captions_stand_below_their_image(shape: tuple[int, int]) -> None:
+    tiles = [plain_tile(*shape, "a.jpg, id 1"), plain_tile(60, 100), plain_tile(60, 100)]
+    sheet = drawing.draw_sheet(tiles, {}, columns=2, column=200).float().mean(dim=0)
+    assert sheet.shape[1] == 2 * (200 + drawing.GAP) + drawing.GAP
+    first = sheet[drawing.GAP + 2]  # a line of pixels through both images of the first row
+    dark = (first == 40).sum().item()
+    assert dark == pytest.approx(400, abs=1)  # the width of both columns, however they share it
+    left = int(round(400 * (shape[1] / shape[0]) / (shape[1] / shape[0] + 100 / 60)))
+    height = round(left * shape[0] / shape[1])
+    caption = sheet[drawing.GAP + height + 2 : drawing.GAP + height + 17, drawing.GAP :][:, :left]
+    assert (caption == 255).float().mean() > 0.5 and (caption < 128).sum() > 20
+
+
+def test_a_long_caption_is_cut_in_the_middle() -> None:
+    text = "photographs/2024/IMG_0001_a_long_name.jpg, id 123456"
+    assert drawing.shorten(text, len(text)) == text
+    short = drawing.shorten(text, 20)
+    assert len(short) == 20 and short.startswith("photograp…") and short.endswith("id 123456")
+    assert drawing._draw_caption([text], 100).shape == (3, 17, 100)
+
+
+def test_characters_without_a_glyph_are_escaped_and_other_fonts_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawing._drawable.cache_clear()
+    known = drawing._characters(drawing._default_font())
+    others = {e.fname for e in font_manager.fontManager.ttflist} - {drawing._default_font()}
+    extra = next(
+        chr(c)
+        for f in sorted(others)
+        for c in drawing._characters(f) - known
+        if chr(c).isprintable()
+    )
+    text, font = drawing._drawable(extra)
+    assert text == extra and font != drawing._default_font()
+    assert ord(extra) in drawing._characters(font)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
+    drawing._drawable.cache_clear()
+    assert drawing._drawable(extra) == (ascii(extra)[1:-1], drawing._default_font())
+    drawing._drawable.cache_clear()

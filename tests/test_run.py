@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,31 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import make_run
 
 import train as train_script
-from data import coco_json
-from runtime import checkpoint, resuming
+from data import coco_arrays, coco_json
+from runtime import checkpoint, resuming, summary
 from runtime import run_folder as run
 from runtime.distributed import Processes, join_process_group
 from utils import UserError
-
-
-class _Run(run.Run):
-    """A run between two steps, with no more than writing needs."""
-
-    def __init__(self, folder: Path, processes: Processes) -> None:
-        self.folder, self.processes, self.tensorboard = folder, processes, None
-        self.settings = {"max_steps": None, "epochs": 3, "keep_checkpoints": None}
-        self.settings |= {"opt": "sgd", "momentum": 0.9}
-        self.state: Any = SimpleNamespace(
-            epoch=1, step=3, position=0, best=None, model_to_evaluate=torch.nn.Linear(1, 1)
-        )
-        finished = (True, {"AP": 0.5})
-        self.evaluation: Any = SimpleNamespace(
-            run=lambda model, place: finished, should_stop=SimpleNamespace(received="SIGTERM")
-        )
-        self.evaluated = set()
-        self.progress: Any = SimpleNamespace(close=lambda: None)
 
 
 def _block(path: Path) -> None:
@@ -52,7 +36,7 @@ def _write_everything(rank: int, world_size: int, port: int, folder: Path) -> No
         seen = {}
         actions = {
             "metrics": ("metrics.jsonl", lambda r: r._record({"loss": 1.0})),
-            "best": ("best.pth", lambda r: r.evaluate()),
+            "best": ("best.pth", lambda r: r.record_evaluation({"AP": 0.5})),
             "marker": ("preempted", lambda r: r.finish()),
         }
         for name, (blocked, act) in actions.items():
@@ -63,7 +47,7 @@ def _write_everything(rank: int, world_size: int, port: int, folder: Path) -> No
                 _block(place / blocked)
             processes.barrier()
             try:
-                act(_Run(place, processes))
+                act(make_run(place, processes))
                 seen[name] = "nothing"
             except UserError as error:
                 seen[name] = str(error)
@@ -89,33 +73,30 @@ def test_a_write_that_fails_on_rank_0_raises_the_same_error_on_all(tmp_path: Pat
 def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = _Run(tmp_path, Processes(torch.device("cpu")))
+    one = make_run(tmp_path)
     model = torch.nn.Linear(1000, 1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    one.state.model, one.state.ema = model, None
+    one.state.model = model
     model(torch.zeros(1, 1000)).sum().backward()
-    size = run._checkpoint_bytes(one.state, one.settings)
+    size = one._checkpoint_bytes()
     optimizer.step()
     content = {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint.save(content, tmp_path / checkpoint.NEWEST)
     assert size == pytest.approx((tmp_path / checkpoint.NEWEST).stat().st_size, rel=0.01)
 
-    def free(gigabytes: float) -> None:
-        usage = SimpleNamespace(free=int(gigabytes * 1e9))
-        monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
+    def use(gigabytes_free: float, **changed: Any) -> tuple[str, list[str]]:
+        usage = SimpleNamespace(free=int(gigabytes_free * 1e9))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        return summary.disk_use(tmp_path, one.settings | changed, size, steps_per_epoch=5)
 
-    free(1)  # 3 epochs and 3 others of 8 MB
-    text, warnings = one._disk_use(steps_per_epoch=5)
+    text, warnings = use(1)  # 3 epochs and 3 others of 8 MB
     assert text.startswith("3 model_EPOCH.pth and 3 more") and "0.048 GB; 1 GB free" in text
     assert warnings == []
-    free(0.045)  # 56 MB at most, less the 8 MB that are there
-    (warning,) = one._disk_use(5)[1]
+    (warning,) = use(0.045)[1]  # 56 MB at most, less the 8 MB that are there
     assert "--keep-checkpoints" in warning and str(tmp_path) in warning
-    one.settings["keep_checkpoints"] = 1
-    text, warnings = one._disk_use(5)
+    text, warnings = use(0.045, keep_checkpoints=1)
     assert text.startswith("1 model_EPOCH.pth") and warnings == []
-    one.settings |= {"keep_checkpoints": None, "max_steps": 9}
-    assert one._disk_use(5)[0].startswith("1 model_EPOCH.pth")
+    assert use(0.045, max_steps=9)[0].startswith("1 model_EPOCH.pth")
 
 
 def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_path: Path) -> None:
@@ -131,7 +112,7 @@ def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_pat
 
 
 def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
-    def read(number: int) -> coco_json.Annotations:
+    def read(number: int) -> coco_arrays.Annotations:
         document = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],
             "annotations": [

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from coco_eval import METRICS
 from tools import report
 from tools.plots import html_report, run_plots
 
@@ -31,8 +32,7 @@ def write_run(folder: Path, steps: int = 8, ap: float = 0.4, **settings: Any) ->
         for step in range(1, steps + 1)
     ]
     evaluations = [
-        {"step": 4 * (epoch + 1), "epoch": epoch}
-        | {name: ap * (epoch + 1) / 2 for name in run_plots.METRICS}
+        {"step": 4 * (epoch + 1), "epoch": epoch} | {name: ap * (epoch + 1) / 2 for name in METRICS}
         for epoch in range(steps // 4)
     ]
     records = sorted([*training, *evaluations], key=lambda record: record["step"])

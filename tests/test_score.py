@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_eval import BACKENDS, METRICS, CocoEvaluator
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
 from tools.score import compare, main, read_detections
 from utils import UserError
 
@@ -100,9 +100,8 @@ def pycocotools_metrics(truth: dict[str, Any], found: list[dict[str, Any]]) -> d
     return dict(zip(METRICS, evaluation.stats.tolist(), strict=True))
 
 
-def run_main(monkeypatch: pytest.MonkeyPatch, *flags: str | Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["score", *map(str, flags)])
-    main()
+def run_main(*flags: str | Path) -> None:
+    main([*map(str, flags)])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -110,11 +109,10 @@ def test_a_file_scores_as_pycocotools_scores_it(
     backend: str,
     files: tuple[Path, Path, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    run_main(monkeypatch, *files[:2], "--backend", backend, "--output", out)
+    run_main(*files[:2], "--backend", backend, "--output", out)
     done = capsys.readouterr()
     truth, found = (json.loads(path.read_text()) for path in files[:2])
     expected = pycocotools_metrics(truth, found)
@@ -143,11 +141,10 @@ def _ap(folder: Path) -> Callable[[str], float]:
 
 def test_no_detections_score_nothing(
     files: tuple[Path, Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     files[1].write_text("[]")
-    run_main(monkeypatch, *files[:2])
+    run_main(*files[:2])
     printed = capsys.readouterr().out
     assert "0 detections on 0 of 12 images" in printed
     assert "area=   all | maxDets=100 ] = 0.000" in printed
@@ -206,14 +203,23 @@ def test_a_broken_file_is_said_to_be_no_json(
 
 
 def test_a_refusal_is_one_message_without_a_trace(
-    files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+    files: tuple[Path, Path, Path],
 ) -> None:
     for change in (lambda: files[1].write_text("[{}, {}]"), files[1].unlink):
         change()
         with pytest.raises(UserError, match=r"first\.json"):
-            run_main(monkeypatch, *files[:2])
-    with pytest.raises(UserError, match="--resamples and --seed must not be negative"):
-        run_main(monkeypatch, *files[:2], "--resamples", "-1")
+            run_main(*files[:2])
+
+
+@pytest.mark.parametrize(
+    "flags", [("--resamples", "-1"), ("--resamples", "1000001"), ("--seed", str(2**63))]
+)
+def test_a_number_out_of_its_range_is_refused(
+    flags: tuple[str, str], files: tuple[Path, Path, Path]
+) -> None:
+    with pytest.raises(UserError, match=f"{flags[0]}: {flags[1]} is out of range"):
+        run_main(*files[:2], *flags)
+    run_main(*files[:2], "--compare", files[2], "--resamples", "2", "--seed", str(2**63 - 1))
 
 
 # --- compared -------------------------------------------------------------------------------------

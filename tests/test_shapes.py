@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageFilter
 from pycocotools.coco import COCO
 
@@ -231,7 +232,7 @@ def test_a_complete_set_is_reused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["no JPEG", "short JPEG", "changed JPEG", "short JSON", "no checksums", "empty"]
+    "damage", ["no JPEG", "short JPEG", "changed JPEG", "short JSON", "no hashes", "added", "empty"]
 )
 def test_a_damaged_set_is_rebuilt(tmp_path: Path, damage: str) -> None:
     folder = make_shapes(tmp_path, **SMALL)
@@ -247,8 +248,10 @@ def test_a_damaged_set_is_rebuilt(tmp_path: Path, damage: str) -> None:
         jpeg.write_bytes(content)
     elif damage == "short JSON":
         os.truncate(_json(folder, "val"), 100)
-    elif damage == "no checksums":
-        (folder / "SHA256SUMS").unlink()
+    elif damage == "no hashes":
+        (folder / "written.json").unlink()
+    elif damage == "added":
+        (folder / "val2017" / "more.jpg").write_bytes(jpeg.read_bytes())
     else:
         shutil.rmtree(folder)
         folder.mkdir()
@@ -256,24 +259,18 @@ def test_a_damaged_set_is_rebuilt(tmp_path: Path, damage: str) -> None:
     assert _contents(folder) == whole
 
 
-def test_checksums_are_what_sha256sum_reads(tmp_path: Path) -> None:
-    folder = make_shapes(tmp_path, **SMALL)
-    result = subprocess.run(
-        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, capture_output=True
-    )
-    assert result.returncode == 0, result
-    assert len(result.stdout.splitlines()) == len(_contents(folder)) - 1
-
-
 def test_a_killed_build_leaves_nothing_at_the_final_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> bytes:
-        raise KeyboardInterrupt
+    write_split = shapes._write_split
+
+    def stop_after_train(folder: Path, split: str, *rest: int) -> None:
+        if split == "val":
+            raise KeyboardInterrupt
+        write_split(folder, split, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "_is_complete", lambda *_: False)
-        patch.setattr(shapes, "_checksums", stop)
+        patch.setattr(shapes, "_write_split", stop_after_train)
         with pytest.raises(KeyboardInterrupt):
             make_shapes(tmp_path, **SMALL)
     assert not list(tmp_path.glob("shapes-*"))
@@ -285,22 +282,20 @@ def test_processes_at_once_end_with_one_valid_folder(tmp_path: Path) -> None:
     """Three find a damaged set at the same moment; one repairs it, none disturbs the others."""
     folder = make_shapes(tmp_path / "race", num_train=60, num_val=6)
     whole = _contents(folder)
-    (folder / "SHA256SUMS").unlink()
+    (folder / "written.json").unlink()
     code = (
-        "import sys, time, shapes\n"
+        "import sys, time\n"
+        "from data import cache, shapes\n"
         "time.sleep(max(0, float(sys.argv[2]) - time.time()))\n"
         "folder = shapes.make_shapes(sys.argv[1], num_train=60, num_val=6)\n"
         "deadline = time.time() + 0.5\n"
         "while time.time() < deadline:\n"
-        "    assert shapes._is_complete(folder, 60, 6)\n"
-        "print((folder / 'SHA256SUMS').stat().st_ino)\n"
+        "    assert cache._holds(folder, folder.name)\n"
+        "print((folder / 'written.json').stat().st_ino)\n"
     )
-    start = str(time.time() + 1.5)
+    start = str(time.time() + 4)
     command = [sys.executable, "-c", code, str(folder.parent), start]
-    processes = [
-        subprocess.Popen(command, cwd=Path(shapes.__file__).parent, stdout=subprocess.PIPE)
-        for _ in range(3)
-    ]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(3)]
     inodes = {process.communicate(timeout=60)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert len(inodes) == 1, "drawn more than once"

@@ -56,7 +56,7 @@ def test_visualize_lists_what_it_can_draw(
     visualize.main(argv)
     shown = capsys.readouterr().out
     assert all(name in shown for name in visualize.DRAW)
-    with pytest.raises(UserError, match="'anchor' cannot be drawn; say what to draw: .*anchors"):
+    with pytest.raises(UserError, match="'anchor' cannot be drawn; choose what to draw: .*anchors"):
         visualize.main(["anchor"])
 
 
@@ -102,11 +102,8 @@ def test_a_class_name_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:
     assert shown == [r"\$x\$ \$\frac{", r"two\nlines\x1b[2J", r"\$\$"]  # \$ is drawn as $
 
     boxes = np.array([[5.0, 30, 60, 60]] * 3)
-    colours = dict.fromkeys((1, 2, 3), "#E69F00")
-    drawn = drawing.draw_boxes(
-        torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, [1, 2, 3], NAMES, colours
-    )
-    assert drawn.shape == (3, 320, 320)
+    tile = drawing.Tile(torch.zeros(3, 64, 64, dtype=torch.uint8), boxes, [1, 2, 3], NAMES)
+    assert drawing.draw_boxes(tile, drawing.class_colours(label_map), 320).shape == (3, 320, 320)
 
 
 def test_pages_about_data_with_dollars_in_names_are_drawn(
@@ -136,13 +133,15 @@ def test_pages_about_data_with_dollars_in_names_are_drawn(
 
 
 def test_every_loader_worker_ends_with_its_parent() -> None:
+    files = [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("tools/**/*.py")]
     loaders = [
         (path.name, call)
-        for path in (*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py"))
+        for path in files
         for call in ast.walk(ast.parse(path.read_text()))
-        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "DataLoader"
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func).endswith(("DataLoader", "_PatientLoader"))
     ]
-    assert {name for name, _ in loaders} >= {"train.py", "predict.py"}
+    assert {name for name, _ in loaders} >= {"loading.py", "predict.py"}
     for name, call in loaders:
-        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert given.get("worker_init_fn") == "ignore_stop_signals", name
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("worker_init_fn") == "ignore_stop_signals", name

@@ -31,7 +31,7 @@ import engine
 import presets
 import train as train_script
 import utils
-from data import coco_json
+from data import coco_arrays, coco_json, loading
 from data.loading import make_loader
 from data.worker_processes import kill_workers, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
@@ -118,7 +118,7 @@ def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> 
 
 
 def _plain_sample(
-    folder: Path, annotations: coco_json.Annotations, number: int
+    folder: Path, annotations: coco_arrays.Annotations, number: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """An image and its boxes without any of this project's data path: PIL and the JSON itself."""
     document = json.loads(annotations.path.read_text())
@@ -196,7 +196,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
             Processes(torch.device("cpu")),
             seed=0,
             batches_per_step=1,
-            weight=sampler.weight,
+            batch_weight=sampler.weight,
             after_step=after_step,
             print_freq=1,
         )
@@ -273,7 +273,7 @@ def _stop_itself(image: Any, target: Any) -> Any:
 def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
     tiny_shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(utils, "LOADER_TIMEOUT", 8.0)  # and PyTorch is imported in 3
+    monkeypatch.setattr(loading, "LOADER_TIMEOUT", 8.0)  # and PyTorch is imported in 3
     transforms: Any = _stop_itself
     data = train_set(tiny_shapes, transforms)
     loader = make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)

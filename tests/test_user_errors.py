@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 from conftest import TINY
 
-import coco_utils
 import engine
 import presets
 import train as train_script
 from data import cache as data_cache
-from data import image_files
+from data import image_files, loading
 from data.splits import data_paths
 from data.worker_processes import worker_errors
 from runtime.distributed import join_process_group
@@ -60,9 +59,9 @@ def test_a_mistake_in_the_code_keeps_its_traceback(
     workers: str,
 ) -> None:
     if workers == "0":  # `for number, (images, targets) in …` of engine.py
-        monkeypatch.setattr(coco_utils, "collate", lambda samples: (1, 2, 3))
+        monkeypatch.setattr(loading, "collate", lambda samples: (1, 2, 3))
     else:
-        monkeypatch.setattr(coco_utils, "collate", _unpack)
+        monkeypatch.setattr(loading, "collate", _unpack)
     with pytest.raises(SystemExit) as raised:
         start("--workers", workers)
     assert raised.value.code == 1

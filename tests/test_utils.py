@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 import utils
 from data.worker_processes import end_with_parent, ignore_stop_signals
+from runtime import signals
 from runtime.distributed import Processes, join_process_group
 from runtime.records import append_json_line, read_json_lines, rewind_json_lines
 from runtime.signals import StopSignal, follow_launcher
@@ -573,7 +574,7 @@ def test_a_process_may_save_when_its_torchrun_dies_but_not_linger(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setattr(utils, "LAUNCHER_GRACE", 0.5)
+    monkeypatch.setattr(signals, "LAUNCHER_GRACE", 0.5)
 
     def trainer(writer: int) -> None:
         os.setsid()  # as torchrun does it

@@ -2,23 +2,18 @@
 
     python -m tools.visualize anchor-fit --data-path mydata --min-size 320 --max-size 427
 
-takes the flags of train.py. A box that no anchor overlaps by an IoU of 0.5 trains but the few that
-overlap it most. The share of the others is the best-possible recall. It is exact: boxes and anchors
-where they lie at training size, not shapes put on top of one another. What counts is that of all
-boxes or the mean over classes, whichever is lower, as AP is a mean over classes, too.
+takes the flags of train.py. A box whose IoU with every anchor is below 0.5 trains only the few
+anchors that overlap it most. The share of the other boxes is the best-possible recall. It is exact:
+boxes and anchors lie where training puts them, and are not compared by shape only. The lower one
+counts of the recall of all boxes and the mean over classes, because AP is a mean over classes, too.
 """
 
 from __future__ import annotations
 
-from data import locate
-from data.splits import data_paths, read_splits
-from runtime.options import PATHS, build_parser, check_flags
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.visualize anchor-fit")
-
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +21,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import coco_utils
 import presets
-from data import coco_json
+from data import checks, coco_arrays
+from data.splits import data_paths, read_splits
 from models.build import build_model
 from models.retinanet import make_anchor_generator
 from models.transform import BatchTransform
-from utils import UserError
+from runtime import options
+from utils import UserError, printable
 
 FOREGROUND = 0.5  # the IoU from which RetinaNet trains an anchor on a box
 ENOUGH = 0.98  # recall; below, others are proposed
@@ -82,10 +79,22 @@ CHOICES: dict[str, Sequence[float]] = {
 }
 
 
-def boxes_to_cover(annotations: coco_json.Annotations, transform: BatchTransform) -> Boxes:
+def paths_of(flags: argparse.Namespace) -> dict[str, Path]:
+    """Return where the data lies that the flags name, by split and kind."""
+    overrides = {name: getattr(flags, name) for name in options.PATHS}
+    return data_paths(flags.dataset, flags.data_path, overrides)
+
+
+def require_retinanet(model: str) -> None:
+    """Raise UserError for a `--model` that is no RetinaNet."""
+    if not model.startswith("retinanet"):
+        raise UserError(f"--model {model}: this works for RetinaNet only; give retinanet_…")
+
+
+def boxes_to_cover(annotations: coco_arrays.Annotations, transform: BatchTransform) -> Boxes:
     """Return the boxes that are trained on, where `transform` puts them."""
-    corners = coco_json.to_xyxy(annotations.boxes_xywh)
-    kept = ~annotations.iscrowd & coco_json.has_extent(corners)
+    corners = coco_arrays.to_xyxy(annotations.boxes_xywh)
+    kept = ~annotations.iscrowd & coco_arrays.has_extent(corners)
     images = annotations.image_of_annotation()[kept]
     sizes = annotations.sizes[images].astype(np.float64)
     corners = np.clip(corners[kept], 0, sizes[:, [1, 0, 1, 0]])
@@ -129,9 +138,9 @@ def coverage(boxes: Boxes, ious: np.ndarray) -> tuple[float, float, float]:
 
 
 def fit(boxes: Boxes) -> Anchors:
-    """Return the anchors of `CHOICES` with enough recall, and of those with the best IoUs.
+    """Return the anchors of `CHOICES` with the best IoUs among those with enough recall.
 
-    One property is chosen at a time, until none gets better.
+    One property is changed at a time, until no change helps.
     """
     boxes = boxes.some(MOST_BOXES)
 
@@ -147,8 +156,8 @@ def fit(boxes: Boxes) -> Anchors:
         for name, values in CHOICES.items():
             for value in values:
                 candidate = replace(best, **{name: value})
-                if (found := score(candidate)) > best_score:
-                    best, best_score, improved = candidate, found, True
+                if (reached := score(candidate)) > best_score:
+                    best, best_score, improved = candidate, reached, True
     return best
 
 
@@ -159,12 +168,13 @@ def report_lines(
     ious = best_ious(boxes, anchors)
     recall, by_class, mean_iou = coverage(boxes, ious)
     yield f"{title}: {recall:.4f}, mean of classes {by_class:.4f} (IoU {mean_iou:.3f})"
-    groups = [(names[c], ious[boxes.classes == c]) for c in np.unique(boxes.classes)]
+    groups = [(printable(names[c]), ious[boxes.classes == c]) for c in np.unique(boxes.classes)]
     groups.sort(key=lambda group: (group[1] >= FOREGROUND).mean())
     width = max(len(name) for name, _ in groups)
-    for name, own in groups[:MOST_CLASSES]:
-        own_recall, below = (own >= FOREGROUND).mean(), (own < FOREGROUND).sum()
-        yield f"  {name:<{width}}  {own_recall:.4f}   {below:,} of {len(own):,} boxes not covered"
+    for name, values in groups[:MOST_CLASSES]:
+        below = int((values < FOREGROUND).sum())
+        recall = 1 - below / len(values)
+        yield f"  {name:<{width}}  {recall:.4f}   {below:,} of {len(values):,} boxes not covered"
     if len(groups) > MOST_CLASSES:
         yield f"  … {len(groups) - MOST_CLASSES} more classes, which are covered better"
 
@@ -179,19 +189,16 @@ def flag_text(sizes: Sequence[int], ratios: Sequence[float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the best-possible recall, and better anchors if it is low; flags are train.py's."""
-    parser = build_parser()
+    parser = options.build_parser()
     flags = parser.parse_args(argv)
-    check_flags(flags)
-    if not flags.model.startswith("retinanet"):
-        raise UserError(f"--model {flags.model}: anchors are fitted for RetinaNet alone")
-    overrides = {name: getattr(flags, name) for name in PATHS}
-    paths = data_paths(flags.dataset, flags.data_path, overrides)
-    (annotations,) = read_splits(paths, ["train"])
-    for none in locate.boxes_findings(annotations, for_training=True):
-        raise UserError(f"{annotations.path} has no boxes to fit anchors to: {none.cases[0]}")
+    options.check_flags(flags)
+    require_retinanet(flags.model)
+    (annotations,) = read_splits(paths_of(flags), ["train"])
+    for finding in checks.boxes_findings(annotations, for_training=True):
+        raise UserError(f"{annotations.path} has no boxes to fit anchors to: {finding.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
-    model_flags = parser.values(flags, "model")
-    model: Any = build_model(flags.model, label_map, load=False, **model_flags)
+    values = parser.values(flags, "model")
+    model: Any = build_model(flags.model, label_map, load=False, **values)
     boxes = boxes_to_cover(annotations, model.transform)
     if not len(boxes.xyxy):
         raise UserError(f"{annotations.path} has no boxes to fit anchors to")
@@ -204,19 +211,19 @@ def main(argv: list[str] | None = None) -> None:
     if flags.data_augmentation in presets.RESIZING:
         print(f"({flags.data_augmentation} chooses other sizes; this is the one of evaluation)")
     names = [name for _, name in annotations.categories]
-    now = make_anchor_generator(flags.anchor_sizes, flags.anchor_ratios)
-    default = flags.anchor_sizes is None and flags.anchor_ratios is None
-    title = f"best-possible recall of {'the default' if default else 'these'} anchors"
-    print("\n".join(report_lines(boxes, now, title, names)))
-    recall = min(coverage(boxes, best_ious(boxes, now))[:2])
+    anchors = model.anchor_generator
+    is_default = flags.anchor_sizes is None and flags.anchor_ratios is None
+    title = f"best-possible recall of {'the default' if is_default else 'these'} anchors"
+    print("\n".join(report_lines(boxes, anchors, title, names)))
+    recall = min(coverage(boxes, best_ious(boxes, anchors))[:2])
     if recall >= ENOUGH:
         print(f"at least {ENOUGH}: keep them")
         return
-    found = fit(boxes)
-    proposed = make_anchor_generator(found.sizes, found.ratios)
+    proposal = fit(boxes)
+    proposed = make_anchor_generator(proposal.sizes, proposal.ratios)
     reached = min(coverage(boxes, best_ious(boxes, proposed))[:2])
     if reached > recall:
         print("\n".join(report_lines(boxes, proposed, "recall of the anchors proposed", names)))
-        print(f"use them with {flag_text(found.sizes, found.ratios)}")
+        print(f"use them with {flag_text(proposal.sizes, proposal.ratios)}")
     if reached < ENOUGH:
         print(f"no anchors that were tried reach {ENOUGH}; train at a larger --min-size")

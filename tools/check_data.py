@@ -8,15 +8,11 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 
 from __future__ import annotations
 
-from data import image_files, locate
-from data.splits import data_paths
-from data.worker_processes import end_with_parent, start_worker_server
-from runtime.options import PATHS
+from data import coco_rules
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.check_data")
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -39,9 +35,13 @@ from tqdm import tqdm
 import coco_utils
 import utils
 from data import cache as data_cache
-from data import coco_json, formats
-from data.coco_json import Annotations, Finding
-from runtime.flags import non_negative, positive
+from data import checks, conversion, image_files, locate
+from data.coco_arrays import Annotations
+from data.coco_rules import Finding
+from data.splits import data_paths
+from data.worker_processes import end_with_parent, start_worker_server
+from runtime.flags import ArgumentParser, non_negative, positive
+from runtime.options import LAYOUTS, PATHS
 from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
@@ -52,7 +52,7 @@ _STRAY = re.compile(r"extraneous bytes before marker 0x(?!d[0-7])")
 
 @dataclass
 class Split:
-    """What was found in one split; `annotations` is None if the file has not COCO's shape."""
+    """One split and its findings; `annotations` is None if the file has not COCO's structure."""
 
     name: str
     images: Path
@@ -61,7 +61,9 @@ class Split:
     findings: list[Finding]
 
 
-def check_split(name: str, images: Path, annotations: Path, workers: int) -> Split:
+def check_split(
+    name: str, images: Path, annotations: Path, workers: int, min_size: int, max_size: int
+) -> Split:
     """Apply every rule to one split: to its annotation file, then to each image.
 
     Raises:
@@ -71,13 +73,16 @@ def check_split(name: str, images: Path, annotations: Path, workers: int) -> Spl
         raise UserError(f"the image folder {images} does not exist; check --data-path")
     packed, findings = data_cache.examine(annotations)
     if packed is not None:
-        packed, found = locate.locate_images(packed, images)
+        packed, missing = locate.locate_images(packed, images)
         opened = check_images(packed, images, workers, f"{name} images")
         kinds = {finding.what for finding in opened}
-        findings = findings + [f for f in found if f.what not in kinds] + opened
-        findings += locate.boxes_findings(packed, for_training=name == "train")
+        findings = findings + [f for f in missing if f.what not in kinds] + opened
+        shorter, longer = np.maximum(packed.sizes.min(axis=1), 1), packed.sizes.max(axis=1)
+        scale = np.minimum(min_size / shorter, max_size / np.maximum(longer, 1))
+        findings += checks.check_sizes(packed, packed.sizes * scale[:, None])
+        findings += checks.boxes_findings(packed, for_training=name == "train")
     rules = {finding.what for finding in findings}
-    kept = [f for f in formats.kept_findings(annotations) if f.what not in rules]
+    kept = [f for f in conversion.kept_findings(annotations) if f.what not in rules]
     findings = kept + findings
     return Split(name, images, annotations, packed, findings)
 
@@ -110,9 +115,9 @@ def check_images(
                 f"a process died opening an image after {annotations.file_name(bar.n)!r}: its "
                 "decoder crashed, or memory ran out; try --workers 1"
             ) from None
-    order = list(coco_json.RULES)
+    order = list(coco_rules.RULES)
     return [
-        f for rule in sorted(cases, key=order.index) for f in coco_json.finding(rule, cases[rule])
+        f for rule in sorted(cases, key=order.index) for f in coco_rules.finding(rule, cases[rule])
     ]
 
 
@@ -121,7 +126,7 @@ _complaints: IO[bytes]
 
 
 def _start_worker(root: Path) -> None:
-    """Prepare a process; what libjpeg has to say goes to a file, as it is said nowhere else."""
+    """Prepare a process; libjpeg's messages go to a file, because it prints them only."""
     global _root, _complaints
     end_with_parent()
     _root = root
@@ -161,7 +166,7 @@ def _check_image(file_name: str, size: list[int]) -> list[tuple[str, str]]:
 
 
 def _take_complaints() -> list[str]:
-    if _complaints.tell() == 0:  # the place is shared with standard error
+    if _complaints.tell() == 0:  # the position is shared with standard error
         return []
     _complaints.seek(0)
     text = _complaints.read().decode(errors="replace")
@@ -258,45 +263,37 @@ def _class_lines(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
-    found = [(split.name, finding) for split in splits for finding in split.findings]
-    if not found:
+    findings = [(split.name, finding) for split in splits for finding in split.findings]
+    if not findings:
         yield "findings: none"
         return
     yield "findings"
-    for name, finding in sorted(found, key=lambda pair: pair[1].severity):
+    for name, finding in sorted(findings, key=lambda pair: pair[1].severity):
         yield f"  {finding.severity.upper():<8}{finding.count:>8,}  {name}: {finding.what}"
         for case in finding.cases:
-            yield f"{'':20}{coco_json.one_line(case, coco_json.LINE - 20)}"
+            yield f"{'':20}{coco_rules.one_line(case, coco_rules.LINE - 20)}"
         if finding.count > len(finding.cases):
             yield f"{'':20}and {finding.count - len(finding.cases):,} more"
         yield f"{'':20}→ {finding.fix}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Declare the flags; those that say where the data is are `train.py`'s."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--dataset", choices=("coco", "shapes", *formats.LAYOUTS), default="coco")
-    parser.add_argument("--data-path", type=Path, help="COCO, VOC or YOLO folder")
+def build_parser() -> ArgumentParser:
+    """Declare the flags; those that name the data are `train.py`'s."""
+    parser = ArgumentParser((__doc__ or "").split("\n\n")[0])
+    add, pixels = parser.add_argument, positive(int, at_most=20_000)
+    add("--dataset", choices=LAYOUTS, default="coco", help="layout of the folder")
+    add("--data-path", type=Path, help="COCO, VOC or YOLO folder")
     for name in PATHS:
-        parser.add_argument("--" + name.replace("_", "-"), type=Path, help="instead of that below")
-    parser.add_argument("--splits", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument(
-        "-j", "--workers", type=non_negative(int, at_most=1024), default=utils.usable_cores()
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, no tables")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw a page of plots")
-    parser.add_argument(
-        "--min-size",
-        type=positive(int, at_most=20_000),
-        default=800,
-        help="shorter side in training, pixels",
-    )
-    parser.add_argument(
-        "--max-size",
-        type=positive(int, at_most=20_000),
-        default=1333,
-        help="longer side at most, pixels",
-    )
+        add("--" + name.replace("_", "-"), type=Path, help="instead of the one in DATA_PATH")
+    splits = ["train", "val"]
+    add("--splits", nargs="+", choices=splits, default=splits, help="what to check")
+    workers = non_negative(int, at_most=1024)
+    cores = utils.usable_cores()
+    add("-j", "--workers", type=workers, default=cores, help="processes that open images")
+    add("--json", action="store_true", help="print one JSON object, no tables")
+    add("--plot", type=Path, metavar="PNG", help="draw a page of plots")
+    add("--min-size", type=pixels, default=800, help="shorter side in training, pixels")
+    add("--max-size", type=pixels, default=1333, help="longer side at most, pixels")
     return parser
 
 
@@ -309,21 +306,28 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")
     paths = data_paths(flags.dataset, flags.data_path, overrides)
     splits = [
-        check_split(s, paths[f"{s}_images"], paths[f"{s}_annotations"], flags.workers)
-        for s in flags.splits
+        check_split(
+            split,
+            paths[f"{split}_images"],
+            paths[f"{split}_annotations"],
+            flags.workers,
+            flags.min_size,
+            flags.max_size,
+        )
+        for split in flags.splits
     ]
     whole = [(split, split.annotations) for split in splits if split.annotations is not None]
     if len(whole) == 2:
         (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
         label_map = coco_utils.label_categories(train_set.categories)
         second.findings += coco_utils.class_findings(label_map, val_set)
-        second.findings += locate.overlap_findings(
+        second.findings += checks.overlap_findings(
             (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
     num_errors = sum(f.severity == "error" for split in splits for f in split.findings)
     if flags.json:
-        about = {
+        contents = {
             split.name: {
                 "annotations": str(split.path),
                 "images": str(split.images),
@@ -332,13 +336,14 @@ def main(argv: list[str] | None = None) -> int:
             }
             for split in splits
         }
-        print(json.dumps({"errors": num_errors, "splits": about}, indent=2))
+        print(json.dumps({"errors": num_errors, "splits": contents}, indent=2))
     else:
         print("\n".join(summary_lines(splits, data)))
     if flags.plot and whole:
         from tools.plots import data_plots
 
-        data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
+        with utils.file_errors("write", flags.plot):
+            data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
         print(f"drawn: {flags.plot}", file=sys.stderr)
     return 1 if num_errors else 0
 

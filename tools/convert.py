@@ -4,12 +4,13 @@
     python -m tools.convert yolo frames mydata --val-share 0.2 --group-by '^(video\\d+)'
 
 OUTPUT gets train2017/, val2017/ and annotations/. Images are links to the originals, unless
-`--copy`. Where FOLDER has no split to evaluate on, images are drawn for it at random.
+`--copy`. Where FOLDER has no split to evaluate on, images are drawn for it at random, or a list
+names them:
+
+    python -m tools.convert voc VOC2007 mydata --train-list trainval --val-list lists/test.txt
 """
 
 from __future__ import annotations
-
-from data import locate
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.convert")
@@ -21,10 +22,11 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from data import coco_json, formats
-from data.formats import Sample
+from data import checks, coco_arrays, coco_json, coco_rules, conversion, locate
+from data.labelled import SPLITS, Sample
 from utils import UserError, file_errors, run_command
 
 
@@ -32,71 +34,68 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
     """Read COCO JSON files of the usual layouts; return samples by split, and (id, name).
 
     Raises:
-        UserError: if there is no such file, or which has errors in it.
+        UserError: if there is no such file, or one with errors in it.
     """
-    files = {
-        split: next((path for path in _coco_files(root, split) if path.is_file()), None)
-        for split in formats.SPLITS
-    }
-    if files["train"] is None:
-        found = sorted(path for path in root.rglob("*.json") if path.is_file())
-        if len(found) != 1:
+    files: dict[str, Path] = {}
+    for split, folders in (("train", ["train"]), ("val", ["val", "valid"])):
+        paths = [root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", "")]
+        paths += [root / folder / "_annotations.coco.json" for folder in folders]
+        paths = [path for path in paths if path.is_file()]
+        files |= {split: paths[0]} if paths else {}
+    if "train" not in files:
+        paths = sorted(path for path in root.rglob("*.json") if path.is_file())
+        if len(paths) != 1:
+            usual = "annotations/instances_{train,val}2017.json"
             raise UserError(
-                f"{root} has {len(found)} JSON files; give a folder with one, with "
-                "annotations/instances_{train,val}2017.json, or with "
-                "{train,valid}/_annotations.coco.json"
+                f"{root} has {len(paths)} JSON files; give a folder with one, or {usual}"
             )
-        files = {"all": found[0]}
-    samples: dict[str, list[Sample]] = {}
-    categories: list[tuple[int, str]] = []
-    for split, path in files.items():
-        if path is None:
-            continue
-        annotations, findings = coco_json.read_annotations(path)
-        for warning in findings:
-            print(f"{path.name}: {warning}", file=sys.stderr)
-        categories = categories or list(annotations.categories)
-        extra = {name for _, name in annotations.categories} - {name for _, name in categories}
+        files = {"train": paths[0]}
+    located = {split: _locate(path, root, split) for split, path in files.items()}
+    categories = list(located["train"][0].categories)
+    if "val" in located:
+        extra = {name for _, name in located["val"][0].categories} - {n for _, n in categories}
         if extra:
-            raise UserError(f"{path} has classes that train has not: {sorted(extra)[:10]}")
-        samples[split] = _coco_samples(annotations, root, split)
-    return samples, categories
+            raise UserError(f"{files['val']} has classes that train has not: {sorted(extra)[:10]}")
+        _warn("val", checks.overlap_findings(located["train"], located["val"]))
+    return {split: _samples(*split_files) for split, split_files in located.items()}, categories
 
 
-def _coco_files(root: Path, split: str) -> list[Path]:
-    folders = (split, "valid") if split == "val" else (split,)
-    return [
-        root / "annotations" / f"instances_{split}2017.json",
-        root / "annotations" / f"instances_{split}.json",
-        *(root / folder / "_annotations.coco.json" for folder in folders),
-    ]
+def _locate(path: Path, root: Path, split: str) -> tuple[coco_arrays.Annotations, Path]:
+    """Read a COCO JSON file; return it with the folder that has the most of its images."""
+    annotations, findings = coco_json.read_annotations(path)
+    folders = [root / f"{split}2017", path.parent, root / split, root / "images", root]
+    folders = [folder for folder in folders if folder.is_dir()]
+    located = {folder: locate.locate_images(annotations, folder) for folder in folders}
 
+    def count_missing(folder: Path) -> int:
+        return sum(f.count for f in located[folder][1] if f.what == "image files missing")
 
-def _coco_samples(annotations: coco_json.Annotations, root: Path, split: str) -> list[Sample]:
-    places = [root / f"{split}2017", annotations.path.parent, root / split, root / "images", root]
-
-    def count_missing(place: Path) -> int:
-        _, found = locate.locate_images(annotations, place)
-        return sum(f.count for f in found if f.what == "image files missing")
-
-    folder = min((place for place in places if place.is_dir()), key=count_missing)
+    folder = min(located, key=count_missing)
     if count_missing(folder) == len(annotations):
         raise UserError(
-            f"{annotations.path}: {annotations.file_name(0)!r} is in none of "
-            f"{', '.join(map(str, places))}; move the images to one of them"
+            f"{path}: {annotations.file_name(0)!r} is in none of {', '.join(map(str, folders))}; "
+            "move the images to one of them"
         )
-    annotations, found = locate.locate_images(annotations, folder)
-    coco_json.require_no_errors(annotations.path, found)
+    annotations, more = located[folder]
+    coco_rules.require_no_errors(path, more)
+    _warn(path.name, findings + more)
+    return annotations, folder
+
+
+def _samples(annotations: coco_arrays.Annotations, folder: Path) -> list[Sample]:
     samples = []
-    for number in range(len(annotations)):
-        start, end = annotations.offsets[number : number + 2]
-        height, width = annotations.sizes[number].tolist()
-        names = [annotations.categories[i][1] for i in annotations.category_index[start:end]]
-        boxes = annotations.boxes_xywh[start:end].tolist()
-        image = folder / annotations.file_name(number)
-        crowd = annotations.iscrowd[start:end].tolist()
-        samples.append(Sample(image, (height, width), boxes, names, crowd))
+    for i, size in enumerate(annotations.sizes.tolist()):
+        rows = slice(*annotations.offsets[i : i + 2])
+        names = [annotations.categories[k][1] for k in annotations.category_index[rows]]
+        boxes, is_crowd = annotations.boxes_xywh[rows].tolist(), annotations.iscrowd[rows].tolist()
+        image = folder / annotations.file_name(i)
+        samples.append(Sample(image, tuple(size), boxes, names, is_crowd))
     return samples
+
+
+def _warn(name: str, findings: Iterable[coco_rules.Finding]) -> None:
+    for warning in findings:
+        print(f"{name}: {warning}", file=sys.stderr)
 
 
 def split_samples(
@@ -114,10 +113,11 @@ def split_samples(
     groups: dict[str, list[Sample]] = {}
     unmatched = []
     for sample in samples:
-        match = re.search(group_by, sample.image.name) if group_by else None
-        if group_by and match is None:
+        match = re.search(group_by or "", sample.image.name)
+        if match is None:
             unmatched.append(sample.image.name)
-        key = match[match.re.groups and 1] if match else os.fspath(sample.image)
+            continue
+        key = match[min(match.re.groups, 1)] if group_by else os.fspath(sample.image)
         groups.setdefault(key or "", []).append(sample)
     if unmatched:
         raise UserError(
@@ -125,25 +125,21 @@ def split_samples(
             f"such as {unmatched[0]!r}; correct it"
         )
     if len(groups) < 2:
-        raise UserError(
-            f"{len(samples)} images in {len(groups)} group{'s' * (len(groups) != 1)} cannot be "
-            "split; two are needed, see --group-by"
-        )
+        count = f"{len(samples)} images in {len(groups)} group{'s' * (len(groups) != 1)}"
+        raise UserError(f"{count} cannot be split; two are needed, see --group-by")
     keys = sorted(groups)
     random.Random(seed).shuffle(keys)
-    chosen: set[str] = set()
+    splits: dict[str, list[Sample]] = {split: [] for split in SPLITS}
+    val_keys = set[str]()
     num_val = 0
     for key in keys[:-1]:  # the last is left to train
         if num_val and num_val >= val_share * len(samples):
             break
-        chosen.add(key)
+        val_keys.add(key)
         num_val += len(groups[key])
-    return {
-        split: [
-            s for key in sorted(groups) if (key in chosen) == (split == "val") for s in groups[key]
-        ]
-        for split in formats.SPLITS
-    }
+    for key in sorted(groups):
+        splits["val" if key in val_keys else "train"] += groups[key]
+    return splits
 
 
 def write(
@@ -162,14 +158,14 @@ def write(
         (unfinished / "annotations").mkdir(parents=True)
         for split, rows in samples.items():
             root = Path(os.path.commonpath([os.fspath(sample.image.parent) for sample in rows]))
-            for sample in rows:
-                place = unfinished / f"{split}2017" / os.path.relpath(sample.image, root)
-                place.parent.mkdir(parents=True, exist_ok=True)
+            for image in {sample.image for sample in rows}:  # COCO images may share a file
+                path = unfinished / f"{split}2017" / os.path.relpath(image, root)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 if copy:
-                    shutil.copyfile(sample.image, place)
+                    shutil.copyfile(image, path)
                 else:
-                    place.symlink_to(sample.image)
-            document = formats.as_coco(rows, root, categories)
+                    path.symlink_to(image)
+            document = conversion.as_coco(rows, root, categories)
             path = unfinished / "annotations" / f"instances_{split}2017.json"
             path.write_text(json.dumps(document), encoding="utf-8")
         if output.exists():
@@ -183,18 +179,16 @@ def build_parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("layout", choices=(*formats.LAYOUTS, "coco"), help="of FOLDER")
+    parser.add_argument("layout", choices=(*conversion.LAYOUTS, "coco"), help="of FOLDER")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for YOLO, or its YAML file")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder")
-    parser.add_argument(
-        "--val-share", type=float, default=0.2, help="of the images, where val is missing"
-    )
+    parser.add_argument("--val-share", type=float, default=0.2, help="of images, if val is missing")
     parser.add_argument("--seed", type=int, default=0, help="of the draw for val")
-    parser.add_argument(
-        "--group-by",
-        metavar="REGEX",
-        help="images with the same match in their names stay together",
-    )
+    together = "images with the same match in their names stay together"
+    parser.add_argument("--group-by", metavar="REGEX", help=together)
+    for split in SPLITS:
+        text = f"list of the images of {split}, for VOC and YOLO; or the name of a VOC list"
+        parser.add_argument(f"--{split}-list", type=Path, metavar="FILE", help=text)
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
     return parser
 
@@ -209,21 +203,22 @@ def main(argv: list[str] | None = None) -> int:
     except re.error as error:
         raise UserError(f"--group-by {flags.group_by} is no regular expression: {error}") from None
     folder = Path(os.path.abspath(flags.folder))
+    lists = {"train": flags.train_list, "val": flags.val_list}
+    lists = {s: path.absolute() if path.exists() else path for s, path in lists.items() if path}
+    if lists and (flags.layout == "coco" or "train" not in lists):
+        raise UserError("--train-list is needed beside --val-list, and neither is for coco")
     if flags.layout == "coco":
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder; give the one with the JSON file and images")
         samples, categories = read_coco(folder)
     else:
-        about = formats.find(flags.layout, folder)
-        samples = formats.read(about, folder)
-        names = about.names or formats.class_names(samples.values())
+        layout = conversion.find(flags.layout, folder, lists)
+        samples, names = conversion.read(layout, folder)
         categories = list(enumerate(names, start=1))
-        for split, found in about.splits.items():
-            for warning in found.found.findings():
-                print(f"{split}: {warning}", file=sys.stderr)
+        for name, content in layout.splits.items():
+            _warn(name, content.findings.as_list())
     if "val" not in samples:
-        (rows,) = samples.values()
-        samples = split_samples(rows, flags.val_share, flags.seed, flags.group_by)
+        samples = split_samples(samples["train"], flags.val_share, flags.seed, flags.group_by)
     write(samples, categories, Path(os.path.abspath(flags.output)), flags.copy)
     for split, rows in samples.items():
         print(f"{split}: {len(rows)} images, {sum(len(s.boxes) for s in rows)} boxes")

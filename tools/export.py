@@ -13,7 +13,6 @@ from __future__ import annotations
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.export")
 
-import argparse
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,8 +27,9 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from data.splits import data_paths
 from models.build import load_detector
 from runtime import checkpoint
+from runtime.flags import ArgumentParser
 from tools import predict
-from utils import UserError, run_command
+from utils import UserError, file_errors, run_command
 
 OPSET = 17
 OUTPUTS = ("boxes", "scores", "labels")
@@ -43,30 +43,33 @@ class OneImage(nn.Module):
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
-        # torchvision's own transform, which it made fit to be traced for any image size.
-        own: Any = detector.transform
+        # torchvision's own transform can be traced for any image size.
+        ours: Any = detector.transform
         detector.transform = GeneralizedRCNNTransform(
-            *(own.min_size, own.max_size, own.image_mean, own.image_std),
-            size_divisible=own.size_divisible,
-            fixed_size=own.fixed_size,
+            ours.min_size,
+            ours.max_size,
+            ours.image_mean,
+            ours.image_std,
+            size_divisible=ours.size_divisible,
+            fixed_size=ours.fixed_size,
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return boxes [n, 4] xyxy, scores [n] and labels [n], best first."""
-        (found,) = self.detector([image])
-        return tuple(found[name] for name in OUTPUTS)
+        (detections,) = self.detector([image])
+        return tuple(detections[name] for name in OUTPUTS)
 
 
 def to_onnx(
     model: OneImage, image: Tensor, label_map: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
-    """Write `model` to `path`, traced on `image` `[3, H, W]`, on which it should find something."""
+    """Write `model` to `path`, traced on `image` `[3, H, W]`, best one with objects."""
     import onnx
 
     names = {1: "height", 2: "width"}
     with warnings.catch_warnings():
-        # The newer exporter is built on torch.export, which stops where a detector's shapes depend
-        # on what it finds (docs/see_it.md); the older one calls itself old, and traces.
+        # The newer exporter is built on torch.export, which fails where shapes depend on what a
+        # detector finds (docs/see_it.md). The older one traces, and warns that it is deprecated.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model.eval(),
@@ -121,46 +124,43 @@ def compare(model: OneImage, path: Path, images: Sequence[Tensor]) -> dict[str, 
             f"{MOST_PIXELS} and {MOST_SCORE} are allowed"
         )
     if count == 0:
-        raise UserError("nothing was found on these images: give others by --check")
+        raise UserError("the model finds no object in these images; give others with --check")
     return {"detections": count, "pixels": pixels, "scores": most}
 
 
-def images_to_check(given: Sequence[str], source: str | None) -> list[Path]:
-    """Return the images that were given, else some of the validation images of a checkpoint.
+def images_to_check(names: Sequence[str], source: str | None) -> list[Path]:
+    """Return the images of `--check`, by default some validation images of the checkpoint's data.
 
     Raises:
         UserError: if there are none.
     """
-    if not given and source:
-        settings = checkpoint.load(Path(source)).get("args", {})
-        typed = {
-            name: Path(settings[name]) if settings.get(name) else None
-            for name in ("data_path", "val_images")
-        }
-        overrides = {"val_images": typed["val_images"]}
-        paths = data_paths(settings.get("dataset", "coco"), typed["data_path"], overrides)
+    if not names and source:
+        args = checkpoint.load(Path(source)).get("args", {})
+        data_path, images = (
+            Path(args[k]) if args.get(k) else None for k in ("data_path", "val_images")
+        )
+        paths = data_paths(args.get("dataset", "coco"), data_path, {"val_images": images})
         if paths["val_images"].is_dir():
             return predict.find_images([str(paths["val_images"])])[:CHECKED]
-    if not given:
-        raise UserError("say on which images to check: --check FILES or a folder")
-    return predict.find_images(given)
+    if not names:
+        raise UserError("no images to check the file on; give --check FILES or a folder")
+    return predict.find_images(names)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Declare the flags."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="of a run of train.py, such as runs/coco/best.pth")
-    source.add_argument("--weights", help="of torchvision, by name")
+    parser = ArgumentParser((__doc__ or "").split("\n\n")[0])
+    predict.add_model_flags(parser)
     add = parser.add_argument
     add("--format", choices=("onnx",), default="onnx", help="of the file")
     add("--output", type=Path, default=Path("detector.onnx"), help="file to write")
-    add("--check", nargs="+", default=[], help="images; some of the run's validation images")
+    check = "images for the check; some of the run's validation images if not given"
+    add("--check", nargs="+", default=[], metavar="IMAGE", help=check)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Export, check, and say how far apart the two are."""
+    """Export, check, and print how far the two are apart."""
     flags = build_parser().parse_args(argv)
     paths = images_to_check(flags.check, flags.checkpoint)
     try:
@@ -174,12 +174,13 @@ def main(argv: list[str] | None = None) -> None:
     for number, path in enumerate(paths):
         _, image = files[number]
         if isinstance(image, str):
-            raise UserError(f"{path}: {image}; give others by --check")
+            raise UserError(f"{path}: {image}; give others with --check")
         images.append(image / 255)
     with torch.inference_mode():
-        found = [len(model(image)[0]) for image in images]
-    flags.output.parent.mkdir(parents=True, exist_ok=True)
-    to_onnx(model, images[int(np.argmax(found))], label_map, flags.output)
+        counts = [len(model(image)[0]) for image in images]
+    with file_errors("write", flags.output):
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        to_onnx(model, images[int(np.argmax(counts))], label_map, flags.output)
     differ = compare(model, flags.output, images)
     print(
         f"{flags.output}: on {len(images)} images PyTorch and ONNX Runtime find the same "

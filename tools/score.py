@@ -1,7 +1,7 @@
 """Score a COCO results file by itself: `python -m tools.score ANNOTATIONS DETECTIONS`.
 
-With `--compare OTHER`, say how much better OTHER is, and how sure that is: images are drawn with
-replacement, the same for both files (a paired bootstrap), and scored anew as often as asked for.
+With `--compare OTHER`, print how much better OTHER is, with an interval: images are drawn with
+replacement, the same for both files (a paired bootstrap), and scored again in each resample.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.score")
 
-import argparse
 import json
 import math
 import sys
@@ -17,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import hotcoco
 import msgspec
 import numpy as np
 
 import coco_eval
 from coco_utils import label_categories
-from data.coco_json import Annotations, read_annotations
+from data.coco_arrays import Annotations
+from data.coco_json import read_annotations
+from runtime.flags import ArgumentParser, non_negative
 from utils import UserError, file_errors, run_command
 
 SHOWN = 10  # findings of a kind that a message lists
@@ -45,18 +45,18 @@ def read_detections(
     """Read a results file as what `CocoEvaluator.gather` returns: `[D, 7]` float64.
 
     Raises:
-        UserError: lists everything that is wrong with it, by kind, with the first places.
+        UserError: lists everything that is wrong with it, by kind, with the first entries.
     """
     with file_errors("read", path):
         data = path.read_bytes()
     try:
-        found = msgspec.json.decode(data, type=list[Detection])
+        content = msgspec.json.decode(data, type=list[Detection])
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(_diagnose(path, data, str(error))) from None
-    image_ids = np.array([detection.image_id for detection in found], np.int64)
-    category_ids = np.array([detection.category_id for detection in found], np.int64)
-    boxes = np.array([detection.bbox for detection in found], np.float64).reshape(-1, 4)
-    scores = np.array([detection.score for detection in found], np.float64)
+    image_ids = np.array([detection.image_id for detection in content], np.int64)
+    category_ids = np.array([detection.category_id for detection in content], np.int64)
+    boxes = np.array([detection.bbox for detection in content], np.float64).reshape(-1, 4)
+    scores = np.array([detection.score for detection in content], np.float64)
     known = np.array([category["id"] for category in label_map])
     sorted_ids = np.sort(annotations.image_ids)
     images = np.searchsorted(sorted_ids, image_ids).clip(max=len(sorted_ids) - 1)
@@ -66,25 +66,25 @@ def read_detections(
         "of an unknown category": (known[classes] != category_ids, category_ids),
         "with a width or height below 0": ((boxes[:, 2:] < 0).any(axis=1), boxes),
     }
-    found_wrong = [
+    findings = [
         _finding(what, np.flatnonzero(wrong).tolist(), values.__getitem__)
         for what, (wrong, values) in problems.items()
         if wrong.any()
     ]
-    if found_wrong:
-        raise UserError("\n  ".join([f"{path} does not fit {annotations.path}:", *found_wrong]))
+    if findings:
+        raise UserError("\n  ".join([f"{path} does not fit {annotations.path}:", *findings]))
     labels = np.array([category["label"] for category in label_map])[classes]
     rows = np.column_stack([images, boxes, scores, labels]).astype(np.float64)
     return rows[np.argsort(images, kind="stable")]
 
 
-def _finding(what: str, places: list[int], value: Callable[[int], Any]) -> str:
-    shown = ", ".join(f"{value(place)} (entry {place})" for place in places[:SHOWN])
-    return f"{len(places)} detections {what}: {shown}{' …' if len(places) > SHOWN else ''}"
+def _finding(what: str, entries: list[int], value: Callable[[int], Any]) -> str:
+    shown = ", ".join(f"{value(entry)} (entry {entry})" for entry in entries[:SHOWN])
+    return f"{len(entries)} detections {what}: {shown}{' …' if len(entries) > SHOWN else ''}"
 
 
 def _diagnose(path: Path, data: bytes, error: str) -> str:
-    """Say what is wrong with a file that could not be decoded, by going through it slowly."""
+    """Return what is wrong with a file that could not be decoded, entry by entry."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as reason:
@@ -92,10 +92,12 @@ def _diagnose(path: Path, data: bytes, error: str) -> str:
     if not isinstance(content, list):
         return f"{path} holds a {type(content).__name__}, not a list of detections"
     wrong: dict[str, list[int]] = {}
-    for place, entry in enumerate(content):
+    for number, entry in enumerate(content):
         for what in _faults(entry):
-            wrong.setdefault(what, []).append(place)
-    lines = [_finding(what, places, lambda p: _short(content[p])) for what, places in wrong.items()]
+            wrong.setdefault(what, []).append(number)
+    lines = [
+        _finding(what, entries, lambda i: _short(content[i])) for what, entries in wrong.items()
+    ]
     return "\n  ".join([f"{path} is not a COCO results file:", *(lines or [error])])
 
 
@@ -136,7 +138,7 @@ def compare(
 ) -> str:
     """Return a table: each number of both, the difference, and its 95 % bootstrap interval."""
     first, second = evaluator.evaluation(detections), evaluator.evaluation(other)
-    result = hotcoco.compare(first, second, n_bootstrap=resamples, seed=seed, confidence=0.95)
+    result = coco_eval.paired_bootstrap(first, second, resamples, seed)
     heading = f"{'':6}{'first':>8}{'other':>8}{'difference':>12}"
     lines = [heading + ("   95 % interval" if resamples else "")]
     for name in coco_eval.METRICS:
@@ -157,66 +159,52 @@ def compare(
     return "\n".join(lines)
 
 
-def score(
-    annotations: Annotations,
-    detections: Path,
-    backend: str = "hotcoco",
-    other: Path | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    output: Path | None = None,
-) -> None:
-    """Print what a results file scores, and how `other` compares; the flags are those of `main`."""
+def build_parser() -> ArgumentParser:
+    """Declare the flags."""
+    parser = ArgumentParser((__doc__ or "").split(":")[0] + ".")
+    add = parser.add_argument
+    add("annotations", type=Path, help="COCO JSON")
+    add("detections", type=Path, help="COCO results JSON")
+    add("--compare", type=Path, metavar="OTHER", help="another results file")
+    add("--backend", choices=coco_eval.BACKENDS, default="hotcoco", help="what scores")
+    resamples = non_negative(int, at_most=1_000_000)
+    add("--resamples", type=resamples, default=1000, help="of --compare; 0 leaves intervals out")
+    add("--seed", type=non_negative(int, at_most=2**63 - 1), default=0, help="of --compare")
+    add("--output", type=Path, help="folder for what `tools.report` draws")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print what a results file scores, and how another one compares."""
+    flags = build_parser().parse_args(argv)
+    annotations, warnings = read_annotations(flags.annotations)
+    for warning in warnings:
+        print(f"{flags.annotations.name}: {warning}", file=sys.stderr)
     label_map = label_categories(annotations.categories)
     evaluator = coco_eval.CocoEvaluator(annotations, label_map)
-    rows = read_detections(detections, annotations, label_map)
-    others = read_detections(other, annotations, label_map) if other else None
+    rows = read_detections(flags.detections, annotations, label_map)
+    others = read_detections(flags.compare, annotations, label_map) if flags.compare else None
     evaluation = evaluator.evaluation(rows)
     analysis = evaluator.analyze(evaluation, rows)
-    scores = (
-        evaluator.score(rows, backend) if backend != "hotcoco" else coco_eval.scores_of(evaluation)
-    )
+    if flags.backend == "hotcoco":
+        scores = coco_eval.scores_of(evaluation)
+    else:
+        scores = evaluator.score(rows, flags.backend)
     images = len(np.unique(rows[:, 0]))
-    print(f"{len(rows)} detections on {images} of {len(annotations)} images, scored by {backend}")
+    print(
+        f"{len(rows)} detections on {images} of {len(annotations)} images, "
+        f"scored by {flags.backend}"
+    )
     print(scores.table)
     print(coco_eval.class_table(analysis.per_class))
     print(coco_eval.error_line(analysis))
     if others is not None:
-        print(f"\nfirst: {detections}, other: {other}")
-        print(compare(evaluator, rows, others, resamples, seed))
-    if output is not None:
-        about = {"annotations": str(annotations.path.resolve()), "categories": label_map}
+        print(f"\nfirst: {flags.detections}, other: {flags.compare}")
+        print(compare(evaluator, rows, others, flags.resamples, flags.seed))
+    if flags.output is not None:
+        data = {"annotations": str(annotations.path.resolve()), "categories": label_map}
         results = coco_eval.Results(*scores, rows, analysis, {})
-        coco_eval.write_results(results, evaluator, output, False, {"data": about})
-
-
-def main() -> None:
-    """Parse the command line, score, and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("annotations", type=Path, help="COCO JSON")
-    parser.add_argument("detections", type=Path, help="COCO results JSON")
-    parser.add_argument("--compare", type=Path, metavar="OTHER", help="another results file")
-    parser.add_argument("--backend", choices=coco_eval.BACKENDS, default="hotcoco")
-    parser.add_argument("--resamples", type=int, default=1000, help="of --compare (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="of --compare (0)")
-    parser.add_argument("--output", type=Path, help="folder for what `tools.report` draws")
-    flags = parser.parse_args()
-    if flags.resamples < 0 or flags.seed < 0:
-        raise UserError("--resamples and --seed must not be negative")
-    annotations, warnings = read_annotations(flags.annotations)
-    for warning in warnings:
-        print(f"{flags.annotations.name}: {warning}", file=sys.stderr)
-    score(
-        annotations,
-        flags.detections,
-        flags.backend,
-        flags.compare,
-        flags.resamples,
-        flags.seed,
-        flags.output,
-    )
+        coco_eval.write_results(results, evaluator, flags.output, False, {"data": data})
 
 
 if __name__ == "__main__":

@@ -2,25 +2,23 @@
 
     python -m tools.visualize batch --data-path /coco --data-augmentation multiscale
 
-draws batches as the model sees them: after augmentation, resizing and padding, with their boxes. It
-takes the flags of train.py, so that one puts `tools.visualize batch` where `train.py` stood.
+draws batches as the model sees them: after augmentation, resizing and padding, with their boxes.
 
     python -m tools.visualize anchor-fit --data-path mydata
 
 prints how well RetinaNet's anchors cover the boxes, and which would do better.
 
+    python -m tools.visualize assignment photo.jpg --dataset voc --data-path VOC2012
     python -m tools.visualize assignment street.jpg --annotations instances.json
 
 draws one step of the method on an image and its boxes, as docs/retinanet.md explains it; `anchors`,
-`coding`, `focal` and `pipeline` are the others.
+`coding`, `focal` and `pipeline` are the others. All take the flags of train.py, so that one writes
+`tools.visualize batch` in place of `train.py`.
 """
 
 from __future__ import annotations
 
-from data import image_files, locate
-from data.loading import make_loader
-from data.splits import data_paths, read_splits
-from runtime.options import PATHS
+from data import checks
 
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize")
@@ -35,65 +33,84 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.io import write_jpeg
 
 import coco_utils
 import presets
 import utils
-from data import coco_json
-from docs.explain import pictures as explain_pictures
+from data import coco_arrays, coco_json, image_files
+from data.loading import make_loader
+from data.splits import read_splits
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from models.build import build_model, load_detector
-from runtime import options as train_options
+from models.retinanet import make_anchor_generator
+from runtime import options
 from runtime.flags import ArgumentParser, non_negative, positive
 from tools import anchor_fit
-from tools.plots import drawing
+from tools.plots import drawing, method
 from utils import UserError, run_command
+
+STEPS = ("anchors", "assignment", "coding", "focal", "pipeline")
 
 
 def draw_batches(
     batches: Sequence[tuple[list[Tensor], list[dict[str, Tensor]]]],
     model: nn.Module,
-    label_map: Sequence[dict[str, Any]],
-    side: int,
+    data: coco_utils.CocoDetection,
+    column: int,
 ) -> Tensor:
     """Draw batches, one per row, as the transform of `model` (in training mode) leaves them.
+
+    Args:
+        data: where the batches are from.
+        column: width of an image in the picture, pixels.
 
     Returns:
         uint8 `[3, H, W]`; gray is padding.
     """
     transform: Any = model.transform
-    colours = drawing.class_colours(label_map)
-    names = {category["label"]: category["name"] for category in label_map}
+    names, ids = drawing.class_names(data.label_map), data.annotations.image_ids
     mean, std = (
         torch.tensor(v)[:, None, None] for v in (transform.image_mean, transform.image_std)
     )
     tiles = []
     for images, targets in batches:
-        seen, targets = transform([image / 255 for image in images], targets)
-        for pixels, target in zip(seen.tensors, targets, strict=True):
+        batch, targets = transform([image / 255 for image in images], targets)
+        for pixels, target in zip(batch.tensors, targets, strict=True):
             image = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()
             labels = target["labels"].tolist()
+            (number,) = np.flatnonzero(ids == int(target["image_id"]))
+            caption = drawing.image_caption(data.annotations, int(number))
             texts = [names[label] for label in labels]
+            size = f"{len(labels)} boxes, padded to {image.shape[2]} × {image.shape[1]}"
             boxes = target["boxes"].numpy()
-            tiles.append(drawing.draw_boxes(image, boxes, labels, texts, colours, side))
-    return drawing.mosaic(tiles, columns=len(batches[0][0]))
+            tiles.append(drawing.Tile(image, boxes, labels, texts, [caption, size]))
+    colours = drawing.class_colours(data.label_map)
+    return drawing.draw_sheet(tiles, colours, len(batches[0][0]), column)
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(step: str = "batch") -> ArgumentParser:
     """Declare the flags: those of train.py, and what is drawn."""
-    parser = train_options.build_parser()
+    parser = options.build_parser()
     add = parser.add_argument_group("picture").add_argument
-    add("--picture", type=Path, default=Path("batch.jpg"), help="file to write")
-    add("--batches", type=positive(int), default=4, help="batches to draw, one per row")
-    add("--epoch", type=non_negative(int), default=0, help="the epoch to take them from")
-    add(
-        "--side",
-        type=positive(int, at_most=20_000),
-        default=480,
-        help="longer side of an image in the picture, pixels",
-    )
+    name = f"{step}.jpg" if step == "batch" else f"{step}.png"
+    add("--picture", type=Path, default=Path(name), help="file to write")
+    if step == "batch":
+        add("--batches", type=positive(int, 1000), default=4, help="batches to draw, one per row")
+        add("--epoch", type=non_negative(int), default=0, help="the epoch to take them from")
+        add(
+            "--side",
+            type=positive(int, at_most=20_000),
+            default=480,
+            help="width of an image in the picture, pixels",
+        )
+        return parser
+    add("image", type=Path, help="image file of the data set")
+    add("--annotations", type=Path, help="COCO JSON with the image, in place of the data's flags")
+    if step == "pipeline":
+        add("--checkpoint", help="draw what this detector finds, too: a file or a weights' name")
     return parser
 
 
@@ -101,97 +118,113 @@ def draw_batch(argv: list[str]) -> None:
     """Draw batches as the model sees them, by the flags of `build_parser`."""
     parser = build_parser()
     flags = parser.parse_args(argv)
-    train_options.check_flags(flags)
-    overrides = {name: getattr(flags, name) for name in PATHS}
-    paths = data_paths(flags.dataset, flags.data_path, overrides)
+    options.check_flags(flags)
+    paths = anchor_fit.paths_of(flags)
     (annotations,) = read_splits(paths, ["train"])
     if not flags.keep_empty:
-        locate.require_boxes(annotations)
+        checks.require_boxes(annotations)
     label_map = coco_utils.label_categories(annotations.categories)
     transforms = presets.training_transforms(flags.data_augmentation)
-    keep = None if flags.keep_empty else locate.images_with_objects(annotations)
+    keep = None if flags.keep_empty else annotations.images_with_objects()
     data = coco_utils.CocoDetection(
         paths["train_images"], annotations, label_map, transforms, flags.seed, keep
     )
-    is_one_size = flags.data_augmentation in presets.FIXED_SIZE
-    factor = -1 if is_one_size else flags.aspect_ratio_group_factor
+    has_groups = flags.data_augmentation not in presets.FIXED_SIZE
+    factor = flags.aspect_ratio_group_factor if has_groups else -1
     groups = aspect_ratio_groups(data.sizes(), factor)
     sampler = GroupedBatchSampler(groups, flags.batch_size, flags.seed)
-    loader = make_loader(data, sampler, flags.workers, torch.device("cpu"), keep=False)
     sampler.set_epoch(flags.epoch, 0)
+    loader = make_loader(data, sampler, flags.workers, torch.device("cpu"), keep=False)
     resize = flags.data_augmentation not in presets.RESIZING
-    options = parser.values(flags, "model")
-    model = build_model(flags.model, label_map, resize, load=False, **options).train()
+    values = parser.values(flags, "model")
+    model = build_model(flags.model, label_map, resize, load=False, **values).train()
     torch.manual_seed(utils.derive_seed(flags.seed, flags.epoch, 0))
     batches = list(itertools.islice(loader, flags.batches))
-    picture = draw_batches(batches, model, label_map, flags.side)
-    flags.picture.parent.mkdir(parents=True, exist_ok=True)
-    write_jpeg(picture, str(flags.picture), quality=90)
+    picture = draw_batches(batches, model, data, flags.side)
+    with utils.file_errors("write", flags.picture):
+        flags.picture.parent.mkdir(parents=True, exist_ok=True)
+        write_jpeg(picture, str(flags.picture), quality=90)
     print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {flags.picture}")
 
 
-STEPS = ("anchors", "assignment", "coding", "focal", "pipeline")
-
-
-def read_boxes(image: Path, annotations: Path) -> tuple[Tensor, Tensor, list[str]]:
+def read_boxes(
+    image: Path, sources: Sequence[tuple[Path | None, coco_arrays.Annotations]]
+) -> tuple[Tensor, Tensor, list[str]]:
     """Read an image, uint8 `[3, H, W]`, its boxes `[M, 4]` xyxy and the names of their classes.
 
-    The annotations are found by the image's file name; crowds are left out, as in training.
+    The annotations are looked up by the image's file name. Of several images of this name it is the
+    one in the folder of its annotations, or the one with most of the path in common. Crowds are
+    left out, as in training.
+
+    Args:
+        sources: annotations, each with its image folder if that is known.
 
     Raises:
-        UserError: if either file cannot be used, or the annotations do not have the image.
+        UserError: if the image cannot be read, or the annotations do not have it.
     """
-    coco, _ = coco_json.read_annotations(annotations)
-    names = [coco.file_name(i) for i in range(len(coco))]
-    found = [i for i, name in enumerate(names) if Path(name).name == image.name]
-    if len(found) > 1:  # in several folders: as much of the path as the annotations have decides
-        found = [i for i in found if image.resolve().as_posix().endswith(f"/{names[i]}")]
-    if len(found) != 1:
-        how_many = "several images" if found else "no image"
-        raise UserError(f"{annotations} has {how_many} named {image.name}: give the one it is of")
-    height, width = coco.sizes[found[0]].tolist()
+    matches = []
+    for folder, coco in sources:
+        names = [coco.file_name(i) for i in range(len(coco))]
+        numbers = [i for i, name in enumerate(names) if Path(name).name == image.name]
+        matches += [(folder, coco, i, names[i]) for i in numbers]
+    if len(matches) > 1:
+        path = image.resolve()
+        same = [m for m in matches if m[0] and (m[0] / m[3]).resolve() == path]
+        matches = same or [m for m in matches if path.as_posix().endswith(f"/{m[3]}")]
+    if len(matches) != 1:
+        files = " and ".join(str(coco.path) for _, coco in sources)
+        how_many = "several images" if matches else "no image"
+        raise UserError(f"{files}: {how_many} named {image.name}; give an image of this data")
+    _, coco, number, _ = matches[0]
+    height, width = coco.sizes[number].tolist()
     try:
         pixels = image_files.read_image(image, image.parent, (height, width))
     except image_files.ImageError as error:
         raise UserError(f"{image} {error}") from None
-    rows = np.arange(*coco.offsets[found[0] : found[0] + 2])
+    rows = np.arange(*coco.offsets[number : number + 2])
     rows = rows[~coco.iscrowd[rows]]
-    boxes = torch.from_numpy(coco_json.to_xyxy(coco.boxes_xywh[rows])).float()
+    boxes = torch.from_numpy(coco_arrays.to_xyxy(coco.boxes_xywh[rows])).float()
     return pixels, boxes, [coco.categories[k][1] for k in coco.category_index[rows]]
+
+
+def read_sources(flags: argparse.Namespace) -> list[tuple[Path | None, coco_arrays.Annotations]]:
+    """Read `--annotations`, or else both splits of the data set as far as they exist."""
+    if flags.annotations:
+        return [(None, coco_json.read_annotations(flags.annotations)[0])]
+    options.check_flags(flags)
+    paths = anchor_fit.paths_of(flags)
+    splits = [s for s in ("train", "val") if paths[f"{s}_annotations"].is_file()] or ["train"]
+    folders = [paths[f"{split}_images"] for split in splits]
+    return list(zip(folders, read_splits(paths, splits), strict=True))
 
 
 def draw_step(step: str, argv: list[str]) -> None:
     """Draw one of `STEPS` on an image of the user's."""
-    parser = argparse.ArgumentParser(prog=f"python -m tools.visualize {step}")
-    add = parser.add_argument
-    add("image", type=Path, help="image file")
-    add("--annotations", type=Path, required=True, help="COCO JSON that has the image")
-    add("--picture", type=Path, default=Path(f"{step}.png"), help="file to write")
-    what_size = "the checkpoint's, else " if step == "pipeline" else ""
-    add("--min-size", type=positive(int), help=f"shorter side, pixels ({what_size}800)")
-    add("--max-size", type=positive(int), help=f"longer side at most, pixels ({what_size}1333)")
-    if step == "pipeline":
-        add("--checkpoint", help="also draw what this detector finds: a file or a weights' name")
-    flags = parser.parse_args(argv)
-    image, boxes, names = read_boxes(flags.image, flags.annotations)
+    flags = build_parser(step).parse_args(argv)
+    anchor_fit.require_retinanet(flags.model)
+    image, boxes, names = read_boxes(flags.image, read_sources(flags))
     size = {"min_size": flags.min_size, "max_size": flags.max_size}
     size = {name: value for name, value in size.items() if value is not None}
+    generator = make_anchor_generator(flags.anchor_sizes, flags.anchor_ratios)
     model: Any = None
     if step == "pipeline" and flags.checkpoint:  # both pictures show what this model sees
         model, label_map = load_detector(flags.checkpoint, **size)
-        size = {"min_size": model.transform.min_size[0], "max_size": model.transform.max_size}
-    scene = explain_pictures.make_scene(image, boxes, names, **size)
-    flags.picture.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(model, torchvision.models.detection.RetinaNet):
+            raise UserError(f"--checkpoint {flags.checkpoint}: holds no RetinaNet")
+        size = {"min_size": model.transform.min_size[-1], "max_size": model.transform.max_size}
+        generator = model.anchor_generator
+    scene = method.make_scene(image, boxes, names, **size, generator=generator)
     if step == "pipeline":
-        figure = explain_pictures.draw_pipeline(image, boxes, scene)
+        figure = method.draw_pipeline(image, boxes, scene)
     else:
-        figure = getattr(explain_pictures, f"draw_{step}")(scene)
-    figure.savefig(flags.picture)
+        figure = getattr(method, f"draw_{step}")(scene)
+    with utils.file_errors("write", flags.picture):
+        flags.picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(flags.picture)
     print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {flags.picture}")
     if model is not None:
-        classes = {category["label"]: category["name"] for category in label_map}
         path = flags.picture.with_stem(f"{flags.picture.stem}_detections")
-        explain_pictures.draw_detections(model, image, classes).savefig(path)
+        method.draw_detections(model, image, label_map).savefig(path)
         print(f"from scores to detections: {path}")
 
 
@@ -210,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{__doc__}\n{usage}\n\n--help after the name of a picture lists its flags.")
         return
     if argv[0] not in DRAW:
-        raise UserError(f"{argv[0]!r} cannot be drawn; say what to draw: {usage}")
+        raise UserError(f"{argv[0]!r} cannot be drawn; choose what to draw: {usage}")
     DRAW[argv[0]](argv[1:])
 
 

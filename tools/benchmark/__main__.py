@@ -22,11 +22,14 @@ from tools.benchmark import loader as benchmark_loader
 from tools.benchmark import measuring
 from tools.benchmark import step as benchmark_step
 from tools.benchmark.measuring import Row
+from tools.plots import drawing
 from utils import run_command
 
 SUBCOMMANDS = {
-    **{"data": benchmark_data, "loader": benchmark_loader},
-    **{"step": benchmark_step, "eval": benchmark_eval},
+    "data": benchmark_data,
+    "loader": benchmark_loader,
+    "step": benchmark_step,
+    "eval": benchmark_eval,
 }
 COLOURS = {True: "#009E73", False: "#D55E00", None: "#56B4E9"}  # Okabe and Ito's
 
@@ -36,19 +39,19 @@ def table(rows: Sequence[Row]) -> str:
     head = ("", "ours", "torchvision", "ratio", "spread", "budget", "")
     cells = [head]
     for row in rows:
-        about = row.as_json()
-        spread = about["spread"]
+        numbers = row.as_json()
+        spread = numbers["spread"]
         budget = "" if row.budget is None else f">= {row.budget:g} x"
         budget = budget if row.limit is None else f"<= {row.limit:g}"
         cells.append(
             (
                 f"{row.name}, {row.unit}",
-                _number(about["ours"]),
-                _number(about["torchvision"]),
-                "" if about["ratio"] is None else f"{about['ratio']:.3g} x",
+                _number(numbers["ours"]),
+                _number(numbers["torchvision"]),
+                "" if numbers["ratio"] is None else f"{numbers['ratio']:.3g} x",
                 "" if spread is None else f"{spread[0]:.3g}-{spread[1]:.3g}",
                 budget,
-                {True: "met", False: "MISSED", None: ""}[about["met"]],
+                {True: "met", False: "MISSED", None: ""}[numbers["met"]],
             )
         )
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
@@ -68,24 +71,22 @@ def _number(value: float | None) -> str:
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw a bar per row that has a ratio, with its spread and a mark where the budget lies."""
-    from matplotlib.figure import Figure
-
     shown = [row for row in rows if row.ratios()][::-1]
-    figure = Figure(figsize=(11, 1.6 + 0.5 * len(shown)), dpi=100, layout="constrained")
+    figure = drawing.new_figure(11, 1.6 + 0.5 * len(shown))
     axes = figure.add_subplot()
     largest = 1.0
-    for place, row in enumerate(shown):
-        about = row.as_json()
-        low, high = about["spread"]
+    for height, row in enumerate(shown):
+        numbers = row.as_json()
+        low, high = numbers["spread"]
         largest = max(largest, high, row.budget or 0)
-        axes.barh(place, about["ratio"] - 1, left=1, height=0.6, color=COLOURS[about["met"]])
-        axes.plot([low, high], [place, place], color="black", linewidth=1.2)
+        axes.barh(height, numbers["ratio"] - 1, left=1, height=0.6, color=COLOURS[numbers["met"]])
+        axes.plot([low, high], [height, height], color="black", linewidth=1.2)
         if row.budget is not None:
-            axes.plot([row.budget] * 2, [place - 0.42, place + 0.42], color="black", linewidth=3)
-        text = f"{about['ratio']:.3g} x"
+            axes.plot([row.budget] * 2, [height - 0.42, height + 0.42], color="black", linewidth=3)
+        text = f"{numbers['ratio']:.3g} x"
         axes.annotate(
             text,
-            (max(high, row.budget or 0, 1), place),
+            (max(high, row.budget or 0, 1), height),
             (6, 0),
             textcoords="offset points",
             va="center",
@@ -109,7 +110,6 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times better than torchvision's own parts (logarithmic)")
     axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
@@ -139,8 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     if as_json:
         print(json.dumps({"rows": [row.as_json() for row in rows], "machine": machine}))
     else:
-        given = " ".join(sys.argv[1:] if argv is None else argv)
-        print(f"python -m tools.benchmark {given}")
+        print("python -m tools.benchmark", *(sys.argv[1:] if argv is None else argv))
         print(", ".join(f"{name} {value}" for name, value in machine.items() if value))
         print(table(rows))
     if plot:

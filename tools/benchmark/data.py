@@ -7,12 +7,6 @@ references/detection does: load, leave out images without boxes, group by aspect
 
 from __future__ import annotations
 
-from data import locate
-from data.worker_processes import ignore_stop_signals, start_worker_server
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark data")
-
 import bisect
 import contextlib
 import math
@@ -36,6 +30,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 import coco_utils
 import presets
 from data import cache as data_cache
+from data.worker_processes import ignore_stop_signals, start_worker_server
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, epoch_batches
 from models.transform import BatchTransform
 from runtime.flags import non_negative, positive
@@ -104,13 +99,13 @@ def coco_like_sizes(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def generated_file(size: str) -> Path:
     """Return an annotation file of one of `SIZES`, written once to the cache folder."""
-    place = data_cache.folder() / "benchmark" / f"{size}-1"
+    target = data_cache.folder() / "benchmark" / f"{size}-1"
 
     def build(folder: Path) -> None:
         write_file(folder / "instances.json", *SIZES[size])
 
-    data_cache.built_once(place, size, build)
-    return place / "instances.json"
+    data_cache.built_once(target, size, build)
+    return target / "instances.json"
 
 
 def write_file(path: Path, num_images: int, num_boxes: int, outlines: bool) -> None:
@@ -167,7 +162,7 @@ def start_ours(path: Path, cache: Path) -> tuple[dict[str, float], np.ndarray]:
     before, begin = measuring.memory(), time.perf_counter()
     annotations, _ = data_cache.examine(path)
     assert annotations is not None
-    keep = locate.images_with_objects(annotations)
+    keep = annotations.images_with_objects()
     groups = aspect_ratio_groups(annotations.sizes[keep], FACTOR)
     return _figures(before, begin), groups
 
@@ -189,8 +184,8 @@ def _load_torchvision(path: Path, kind: Callable[..., Any]) -> tuple[Any, list[i
         dataset = kind("", str(path))
     keep = []
     for number, image_id in enumerate(dataset.ids):
-        found = dataset.coco.loadAnns(dataset.coco.getAnnIds(imgIds=image_id, iscrowd=None))
-        if any(all(side > 1 for side in row["bbox"][2:]) for row in found):
+        rows = dataset.coco.loadAnns(dataset.coco.getAnnIds(imgIds=image_id, iscrowd=None))
+        if any(all(side > 1 for side in row["bbox"][2:]) for row in rows):
             keep.append(number)
     return dataset, keep
 
@@ -247,19 +242,19 @@ def _sharing_rows(path: Path, cache: Path, processes: int) -> list[Row]:
     """Let processes hold the annotations at once, and add up what their mappings occupy."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
-        barrier, found = manager.Barrier(processes, timeout=600), manager.list()
+        barrier, held = manager.Barrier(processes, timeout=600), manager.list()
         pool = [
-            context.Process(target=_hold, args=(path, cache / "kept", barrier, found))
+            context.Process(target=_hold, args=(path, cache / "kept", barrier, held))
             for _ in range(processes)
         ]
         for process in pool:
             process.start()
         for process in pool:
             process.join()
-        held = np.array(list(found))
-    if len(held) != processes:
+        memory = np.array(list(held))
+    if len(memory) != processes:
         raise RuntimeError("a process died while it held the annotations")
-    resident, share = held.sum(axis=0)
+    resident, share = memory.sum(axis=0)
     if resident == 0:  # a small file is not cached
         return []
     unit = f"MB in {processes} processes"
@@ -269,7 +264,7 @@ def _sharing_rows(path: Path, cache: Path, processes: int) -> list[Row]:
     ]
 
 
-def _hold(path: Path, cache: Path, barrier: Any, found: Any) -> None:
+def _hold(path: Path, cache: Path, barrier: Any, held: Any) -> None:
     """Read every byte of the annotations, and measure their mappings while all others do."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
     annotations, _ = data_cache.examine(path)
@@ -284,10 +279,9 @@ def _hold(path: Path, cache: Path, barrier: Any, found: Any) -> None:
             is_ours = str(cache) in rest
         elif is_ours and name in ("Rss:", "Pss:"):
             size = int(rest.split()[0]) * 1024 / MB
-            resident, share = (
-                (resident + size, share) if name == "Rss:" else (resident, share + size)
-            )
-    found.append((resident, share))
+            resident += size * (name == "Rss:")
+            share += size * (name == "Pss:")
+    held.append((resident, share))
     barrier.wait()
 
 
@@ -317,7 +311,7 @@ def worker_memory(path: Path, cache: Path, workers: int, side: str) -> list[floa
         os.environ["XDG_CACHE_HOME"] = str(cache / "kept")
         annotations, _ = data_cache.examine(path)
         assert annotations is not None
-        keep = locate.images_with_objects(annotations)
+        keep = annotations.images_with_objects()
         label_map = coco_utils.label_categories(annotations.categories)
         data: Any = _Ours(Path(), annotations, label_map, keep=keep)
         groups = aspect_ratio_groups(data.sizes(), FACTOR)

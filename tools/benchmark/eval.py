@@ -1,13 +1,10 @@
 """COCO scoring of many detections: time, memory, and whether all twelve numbers are equal.
 
 torchvision's side is pycocotools used plainly: `loadRes` of an array, `COCOeval`. Either side runs
-in a fresh process and scores the same generated boxes, near to the truth and strewn about.
+in a fresh process and scores the same generated boxes, some near to the truth and some anywhere.
 """
 
 from __future__ import annotations
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark eval")
 
 import contextlib
 import time
@@ -22,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from coco_eval import METRICS, CocoEvaluator
 from coco_utils import label_categories
-from data.coco_json import Annotations
+from data.coco_arrays import Annotations
 from runtime.distributed import Processes
 from runtime.flags import positive
 from tools.benchmark import measuring
@@ -124,10 +121,10 @@ def fill_evaluator(num_images: int, num_classes: int, per_image: int) -> CocoEva
     """Give an evaluator what a model returns, image by image."""
     rng = np.random.default_rng(0)
     truth = make_ground_truth(num_images, num_classes, rng)
-    found = torch.from_numpy(make_detections(truth, per_image, rng)).float()
-    boxes = torch.cat([found[:, 1:3], found[:, 1:3] + found[:, 3:5]], dim=1)
+    rows = torch.from_numpy(make_detections(truth, per_image, rng)).float()
+    boxes = torch.cat([rows[:, 1:3], rows[:, 1:3] + rows[:, 3:5]], dim=1)
     evaluator = CocoEvaluator(truth, label_categories(truth.categories))
-    parts = (boxes, found[:, 5], found[:, 6].long())
+    parts = (boxes, rows[:, 5], rows[:, 6].long())
     split = (part.split(per_image) for part in parts)
     for image_id, b, s, c in zip(truth.image_ids.tolist(), *split, strict=True):
         evaluator.update([image_id], [{"boxes": b, "scores": s, "labels": c}])

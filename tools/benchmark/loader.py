@@ -6,13 +6,6 @@ pycocotools, float images. Both sides flip at random; bare decoding reads the sa
 
 from __future__ import annotations
 
-from data import coco_json
-from data.loading import make_loader
-from data.worker_processes import ignore_stop_signals
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark loader")
-
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,7 +23,9 @@ import coco_utils
 import presets
 import utils
 from data import cache as data_cache
-from data import shapes
+from data import coco_arrays, coco_json, shapes
+from data.loading import make_loader
+from data.worker_processes import ignore_stop_signals
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from runtime.flags import non_negative, positive
 from tools.benchmark import measuring
@@ -90,13 +85,13 @@ def _epoch(loader: Iterable[Any], expected: int) -> Callable[[], None]:
     return load
 
 
-def _decode(annotations: coco_json.Annotations, images: Path, keep: np.ndarray) -> None:
+def _decode(annotations: coco_arrays.Annotations, images: Path, keep: np.ndarray) -> None:
     for number in keep.tolist():
         decode_image(str(images / annotations.file_name(number)), ImageReadMode.RGB)
 
 
 def _ours(
-    annotations: coco_json.Annotations, images: Path, keep: np.ndarray, workers: int
+    annotations: coco_arrays.Annotations, images: Path, keep: np.ndarray, workers: int
 ) -> DataLoader:
     """Build the loader of `train.py`, with the recipe's augmentation."""
     data = coco_utils.CocoDetection(

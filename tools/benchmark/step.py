@@ -1,15 +1,12 @@
 """The training step of RetinaNet: speed, memory, operator calls, waits, FLOPs.
 
-Ours is `engine.train_one_epoch` on the model of `models/build.py`; torchvision's is its own model
-in the loop of references/detection. Both have the same weights and see the same generated images,
-which ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe,
-batch normalisation and the first layers are frozen; the weights are random.
+Ours is `engine.train_one_epoch` on the model of `models/`; torchvision's is its own model in the
+loop of references/detection. Both have the same weights and see the same generated images, which
+ours gets as uint8 and theirs as the float images that its loader makes. As in the recipe batch
+normalisation is frozen, and so are the first layers; the weights are random.
 """
 
 from __future__ import annotations
-
-if not __package__:  # run as a file, it would not find the modules beside tools/
-    raise SystemExit("run it as: python -m tools.benchmark step")
 
 import contextlib
 import dataclasses
@@ -363,15 +360,15 @@ def count_rows(ours: Ours, theirs: Torchvision, batch: Batch) -> list[Row]:
 
 def _labels(side: Side) -> contextlib.ExitStack:
     """Mark what makes anchors and losses, so that the profiler tells it from the rest."""
-    places = [(side.model, "compute_loss")]
+    parts = [(side.model, "compute_loss")]
     if isinstance(side, Torchvision):
-        places.append((side.model.anchor_generator, "forward"))
+        parts.append((side.model.anchor_generator, "forward"))
     else:
-        places += [(retinanet, "make_anchors"), (side.model, "assign_targets")]
+        parts += [(retinanet, "make_anchors"), (side.model, "assign_targets")]
     stack = contextlib.ExitStack()
-    for place, name in places:
-        marked = record_function(PART)(getattr(place, name))
-        stack.enter_context(mock.patch.object(place, name, marked))
+    for owner, name in parts:
+        marked = record_function(PART)(getattr(owner, name))
+        stack.enter_context(mock.patch.object(owner, name, marked))
     return stack
 
 

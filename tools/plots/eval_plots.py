@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from tools.plots import drawing
-from utils import printable
 
-matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-CURVES = 8  # classes that have a curve of their own: as many as there are colours
+CURVES = 8  # classes whose curves are drawn
 BARS = 40
 CELLS = 20
 MEAN = "#000000"
@@ -40,8 +37,7 @@ def _ends(rows: Rows, limit: int) -> tuple[list[Mapping[str, Any]], str]:
 
 
 def _short(name: str) -> str:
-    name = printable(name)
-    return drawing.plain(name if len(name) <= 20 else name[:19] + "…")
+    return drawing.plain(drawing.shorten(name, 20))
 
 
 def _peak(f1: float, confidence: float) -> str:
@@ -55,34 +51,32 @@ def draw_curves(
     label_map: Sequence[Mapping[str, Any]],
 ) -> Figure:
     """Draw precision over recall, of all classes and of each, and F1 over confidence."""
-    figure = Figure(figsize=(15, 5), dpi=100, layout="constrained")
+    figure = drawing.new_figure(15, 5)
     overall, of_class, f1_axes = figure.subplots(1, 3)
     rows = [row for row in per_class if row["boxes"]]
-    places = [int(np.searchsorted(curves["labels"], row["label"])) for row in rows]
+    indices = {label: index for index, label in enumerate(curves["labels"].tolist())}
+    chosen = [indices[row["label"]] for row in rows]
     colours = drawing.class_colours(label_map)
 
     for level, style in enumerate(("-", "--", ":")):
-        line = curves["precision"][level][places].mean(axis=0)
+        line = curves["precision"][level][chosen].mean(axis=0)
         text = f"{IOUS[level]}: AP {line.mean():.3f}"
         overall.plot(curves["recall"], line, style, color=MEAN, label=text)
     overall.set_title("Precision over recall\nmean of all classes")
 
     shown, which = _ends(rows, CURVES)
-    for number, row in enumerate(shown):
-        place = int(np.searchsorted(curves["labels"], row["label"]))
-        # Of many classes some share a colour; then the curves take theirs from the palette.
-        many = len(per_class) > CURVES
-        colour = drawing.on_white(drawing.PALETTE[number] if many else colours[row["label"]])
+    for row in shown:
+        index, colour = indices[row["label"]], drawing.on_white(colours[row["label"]])
         text = f"{_short(row['name'])}: AP50 {row['AP50']:.3f}"
-        of_class.plot(curves["recall"], curves["precision"][0, place], color=colour, label=text)
+        of_class.plot(curves["recall"], curves["precision"][0, index], color=colour, label=text)
         text = f"{_short(row['name'])}: {_peak(row['F1'], row['confidence'])}"
-        f1_axes.plot(curves["confidence"], curves["f1"][place], color=colour, label=text)
+        f1_axes.plot(curves["confidence"], curves["f1"][index], color=colour, label=text)
     of_class.set_title(f"Precision over recall at IoU 0.50\n{which}")
     for axes in (overall, of_class):
         axes.set(xlabel="recall", ylabel="precision")
 
     if len(rows) > 1:
-        mean = curves["f1"][places].mean(axis=0)
+        mean = curves["f1"][chosen].mean(axis=0)
         text = f"mean of all: {_peak(mean.max(), confidence)}"
         f1_axes.plot(curves["confidence"], mean, color=MEAN, linewidth=2.5, label=text)
     f1_axes.axvline(confidence, color=MEAN, linewidth=0.8, linestyle=":")
@@ -101,19 +95,19 @@ def draw_class_ap(per_class: Rows, label_map: Sequence[Mapping[str, Any]]) -> Fi
     with_boxes = [row for row in per_class if row["boxes"]]
     rows, which = _ends(with_boxes, BARS)
     colours = drawing.class_colours(label_map)
-    figure = Figure(figsize=(9, 1.7 + 0.27 * len(rows)), dpi=100, layout="constrained")
+    figure = drawing.new_figure(9, 1.7 + 0.27 * len(rows))
     axes = figure.subplots()
-    places = np.arange(len(rows))
+    heights = np.arange(len(rows))
     aps = [row["AP"] for row in rows]
     bars = [drawing.on_white(colours[row["label"]]) for row in rows]
-    axes.barh(places, aps, color=bars, label="AP (IoU 0.50:0.95)")
-    axes.plot([row["AP50"] for row in rows], places, "|", color=MEAN, ms=11, mew=2, label="AP50")
-    for place, row in enumerate(rows):
-        axes.text(1.02, place, f"{row['AP']:.3f}", va="center", ha="left")
-        axes.text(1.2, place, f"{row['boxes']:,}", va="center", ha="right")
+    axes.barh(heights, aps, color=bars, label="AP (IoU 0.50:0.95)")
+    axes.plot([row["AP50"] for row in rows], heights, "|", color=MEAN, ms=11, mew=2, label="AP50")
+    for height, row in enumerate(rows):
+        axes.text(1.02, height, f"{row['AP']:.3f}", va="center", ha="left")
+        axes.text(1.2, height, f"{row['boxes']:,}", va="center", ha="right")
     axes.text(1.02, -1, "AP", va="center", ha="left", weight="bold")
     axes.text(1.2, -1, "boxes", va="center", ha="right", weight="bold")
-    axes.set_yticks(places, [_short(row["name"]) for row in rows])
+    axes.set_yticks(heights, [_short(row["name"]) for row in rows])
     axes.set(
         xlim=(0, 1), ylim=(len(rows) - 0.4, -1.6), xlabel="bar: AP at IoU 0.50:0.95, line: AP50"
     )
@@ -143,7 +137,7 @@ def draw_confusion(names: Sequence[str], confusion: np.ndarray, confidence: floa
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
     shares, counts = shares[np.ix_(kept, kept)], confusion[np.ix_(kept, kept)]
     side = 3.2 + 0.52 * len(kept)
-    figure = Figure(figsize=(side + 1.2, side), dpi=100, layout="constrained")
+    figure = drawing.new_figure(side + 1.2, side)
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.argwhere(counts > 0):
@@ -164,21 +158,24 @@ def draw_confusion(names: Sequence[str], confusion: np.ndarray, confidence: floa
 
 def draw_errors(errors: Mapping[str, Mapping[str, float]]) -> Figure:
     """Draw what AP50 would gain without each of TIDE's errors, and how often it occurs."""
-    figure = Figure(figsize=(9.5, 5), dpi=100, layout="constrained")
+    figure = drawing.new_figure(9.5, 5)
     axes = figure.subplots()
     gains = [errors["delta_ap"][kind] for kind in ERRORS]
-    places = np.array([0, 1, 2, 3, 4, 5, 6.5, 7.5])
-    axes.barh(places, gains, color=[*["#0072B2"] * 6, *["#999999"] * 2])
+    heights = np.array([0, 1, 2, 3, 4, 5, 6.5, 7.5])
+    axes.barh(heights, gains, color=[*["#0072B2"] * 6, *["#999999"] * 2])
     longest = max([*gains, 0.01])
-    for place, kind, gain in zip(places, ERRORS, gains, strict=True):
+    for height, kind, gain in zip(heights, ERRORS, gains, strict=True):
         text = f"{gain:.3f}"
         if kind in errors["counts"]:
             count = int(errors["counts"][kind])
             text += f"   {count:,} {'boxes' if kind == 'Miss' else 'detections'}"
-        axes.text(gain + longest / 60, place, text, va="center")
-    axes.set_yticks(places, list(ERRORS.values()))
+        axes.text(gain + longest / 60, height, text, va="center")
+    axes.set_yticks(heights, list(ERRORS.values()))
     axes.invert_yaxis()
-    axes.set(xlim=(min(0, *gains), longest * 1.35), xlabel="AP50 gained if it were mended (TIDE)")
+    axes.set(
+        xlim=(min(0, *gains), longest * 1.35),
+        xlabel="AP50 gained if the error were corrected (TIDE)",
+    )
     axes.set_title("Errors, detections of any confidence", loc="left")
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

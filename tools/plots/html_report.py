@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.plots.run_plots import METRICS, RunRecords, settings_that_differ
+from coco_eval import METRICS
+from tools.plots.run_plots import RunRecords, settings_that_differ
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg"}
 ROWS = 40  # evaluations and classes that a table shows
@@ -91,9 +92,9 @@ def write_report(
     if test is not None:
         parts += _tested(test)
     if len(runs) == 1:
-        settings = {k: _value(v) for k, v in sorted(runs[0].about["args"].items())}
+        settings = {k: _value(v) for k, v in sorted(runs[0].setup["args"].items())}
         parts += ["<h2>Settings</h2>", _words(settings)]
-        parts += ["<h2>Versions</h2>", _words(runs[0].about["versions"])]
+        parts += ["<h2>Versions</h2>", _words(runs[0].setup["versions"])]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -116,7 +117,7 @@ def _one(run: RunRecords) -> list[str]:
     shown = "".join(f'<div class="tile"><b>{v}</b>{_text(k)}</div>' for k, v in tiles.items())
     parts = [f'<div class="tiles">{shown}</div>']
     parts += [f'<p class="warning">{_text(warning)}</p>' for warning in run.warnings]
-    parts += ["<h2>What ran</h2>", _words(run.about["summary"])]
+    parts += ["<h2>What ran</h2>", _words(run.setup["summary"])]
     return [*parts, "<h2>Evaluations</h2>", _evaluations(run)]
 
 

@@ -1,10 +1,10 @@
-"""Read what runs left, and draw how they went: losses, learning rate, AP and speed over steps."""
+"""Read the records of runs; draw losses, learning rate, AP and speed over steps."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,9 @@ from tools.plots import drawing
 from utils import UserError
 
 APS = {"AP": "-", "AP50": "--", "AP75": ":"}
-METRICS = (
-    *("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    *("AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-)
 SPEED = ("images_per_second", "data_time_share", "memory_mb")
 # Settings that say where a run is and not what it is.
-PLACES = ("output_dir", "resume", "max_steps", "test_only")
+WHERE = ("output_dir", "resume", "max_steps", "test_only")
 
 
 @dataclass(frozen=True)
@@ -32,14 +28,14 @@ class RunRecords:
     """What one run left.
 
     Attributes:
-        about: `args.json`: "args", "categories", "versions", "summary" and more.
+        setup: `args.json`: "args", "categories", "versions", "summary" and more.
         training, evaluations: the lines of `metrics.jsonl` of either kind, by step.
         resumed: the steps after which the run was started again.
         warnings: those in its log, each once.
     """
 
     name: str
-    about: Mapping[str, Any]
+    setup: Mapping[str, Any]
     training: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     resumed: list[int]
@@ -52,7 +48,7 @@ class RunRecords:
 
 
 def read_run(folder: Path) -> RunRecords:
-    """Read the records of a run, over or still going on.
+    """Read the records of a run that has ended or still trains.
 
     Raises:
         UserError: if `folder` holds no run.
@@ -63,14 +59,14 @@ def read_run(folder: Path) -> RunRecords:
     log = folder / "log.txt"
     text = log.read_text(errors="replace") if log.is_file() else ""
     starts = [int(step) for step in re.findall(r"^\S+ .* from step (\d+)$", text, re.MULTILINE)]
-    found = re.findall(r"^\S+ (?:warning: )(.*)$", text, re.MULTILINE)
+    warnings = re.findall(r"^\S+ (?:warning: )(.*)$", text, re.MULTILINE)
     return RunRecords(
         folder.resolve().name,
         json.loads((folder / "args.json").read_text()),
         [record for record in records if "loss" in record],
         [record for record in records if "AP" in record],
         sorted({step for step in starts if step}),
-        list(dict.fromkeys(found)),
+        list(dict.fromkeys(warnings)),
     )
 
 
@@ -80,7 +76,7 @@ def draw_run_curves(runs: Sequence[RunRecords]) -> Figure:
     One run shows the parts of its loss and three APs; of several each has a colour. Where a run was
     resumed there is a dotted line.
     """
-    figure = Figure(figsize=(13, 8), dpi=100, layout="constrained")
+    figure = drawing.new_figure(13, 8)
     loss, rate, ap, speed = figure.subplots(2, 2).flat
     is_one = len(runs) == 1
     for number, run in enumerate(runs):
@@ -134,7 +130,7 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int],
 
 
 def _named(run: RunRecords) -> str:
-    return drawing.plain(run.name if len(run.name) <= 30 else run.name[:29] + "…")
+    return drawing.plain(drawing.shorten(run.name, 30))
 
 
 def _finish(all_axes: Sequence[Axes], runs: Sequence[RunRecords]) -> None:
@@ -157,8 +153,9 @@ def _finish(all_axes: Sequence[Axes], runs: Sequence[RunRecords]) -> None:
 
 def settings_that_differ(runs: Sequence[RunRecords]) -> dict[str, list[str]]:
     """Return, by name, the settings that are not the same in all `runs`, one value per run."""
-    args: list[Mapping[str, Any]] = [run.about["args"] for run in runs]
-    names = list(dict.fromkeys(name for one in args for name in one if name not in PLACES))
-    shown: Callable[[Any], str] = lambda value: "–" if value is None else str(value)  # noqa: E731
-    table = {name: [shown(one.get(name)) for one in args] for name in names}
+    args: list[Mapping[str, Any]] = [run.setup["args"] for run in runs]
+    names = list(dict.fromkeys(name for one in args for name in one if name not in WHERE))
+    table = {
+        name: ["–" if one.get(name) is None else str(one[name]) for one in args] for name in names
+    }
     return {name: values for name, values in table.items() if len(set(values)) > 1}

@@ -1,0 +1,131 @@
+"""VOC and YOLO folders become COCO JSON in the cache, once per machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data import cache as data_cache
+from data import files, image_files, labelled, voc, yolo
+from data.coco_rules import Finding
+from data.labelled import SPLITS, Layout, Sample
+from utils import UserError
+
+_FIND = {"voc": voc.find, "yolo": yolo.find}
+LAYOUTS = tuple(_FIND)
+
+
+def coco_paths(layout_name: str, root: Path) -> dict[str, Path]:
+    """Convert a folder to COCO JSON in the cache, once per machine, and return where things are.
+
+    Categories get the ids 1 … K: those of VOC by name, those of YOLO in the order of data.yaml.
+
+    Args:
+        layout_name: one of `LAYOUTS`.
+        root: the folder; for YOLO also its YAML file.
+
+    Returns:
+        "train_images", "train_annotations", "val_images" and "val_annotations".
+
+    Raises:
+        UserError: lists what the folder lacks, or what is wrong in its files.
+    """
+    layout = find(layout_name, root)
+    if set(layout.splits) != set(SPLITS):
+        raise UserError(
+            f"--data-path {root} has no split to evaluate on; make one: "
+            f"python -m tools.convert {layout_name} {root} NEW_FOLDER --val-share 0.2"
+        )
+    root = Path(os.path.abspath(root))
+    name = f"{root.name}-{hashlib.sha256(bytes(root)).hexdigest()[:16]}"
+
+    def build(folder: Path) -> None:
+        rows, names = read(layout, root)
+        for split, split_rows in rows.items():
+            content = layout.splits[split]
+            document = as_coco(split_rows, content.root, list(enumerate(names, start=1)))
+            (folder / f"{split}.json").write_text(json.dumps(document))
+            findings = [asdict(finding) for finding in content.findings.as_list()]
+            (folder / f"{split}.findings.json").write_text(json.dumps(findings))
+
+    try:
+        folder = data_cache.folder() / layout_name / name
+        data_cache.built_once(folder, _key(layout), build)
+    except OSError as error:
+        raise UserError(f"cannot keep {root} as COCO JSON: {error}; set XDG_CACHE_HOME") from None
+    images = {f"{split}_images": layout.splits[split].root for split in SPLITS}
+    return images | {f"{split}_annotations": folder / f"{split}.json" for split in SPLITS}
+
+
+def kept_findings(annotations: Path) -> list[Finding]:
+    """Return the warnings of the conversion that made `annotations`; none for any other file."""
+    path = annotations.with_suffix(".findings.json")
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    return [Finding(**row | {"cases": tuple(row["cases"])}) for row in rows]
+
+
+def find(layout_name: str, root: Path, lists: Mapping[str, Path] | None = None) -> Layout:
+    """Find the splits of a folder, without opening images or label files.
+
+    Args:
+        lists: files that name the images of "train", or of "train" and "val".
+
+    Raises:
+        UserError: if the folder has another layout.
+    """
+    if not root.is_dir() and not (layout_name == "yolo" and root.is_file()):
+        raise UserError(f"--data-path {root} is no folder; --dataset {layout_name} needs one")
+    root = Path(os.path.abspath(root))  # links stay: labels lie beside them
+    return _FIND[layout_name](root, lists or {})
+
+
+def read(layout: Layout, root: Path) -> tuple[dict[str, list[Sample]], list[str]]:
+    """Read all splits; return their samples, and the names of the classes.
+
+    Raises:
+        UserError: lists every error in all of them.
+    """
+    rows = {name: layout.read(split) for name, split in layout.splits.items()}
+    for image in sorted({s.image for s in rows["train"]} & {s.image for s in rows.get("val", [])}):
+        layout.splits["val"].findings.add("images that are in train and val", image)
+    findings = [finding for split in layout.splits.values() for finding in split.findings.as_list()]
+    errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
+    if errors:
+        raise UserError("\n  ".join([f"{root} cannot be used", *errors]))
+    names = {name for samples in rows.values() for sample in samples for name in sample.classes}
+    return rows, layout.names or sorted(names)
+
+
+def as_coco(
+    rows: Sequence[Sample], root: Path, categories: Sequence[tuple[int, str]]
+) -> dict[str, Any]:
+    """Return COCO JSON; images and annotations are numbered from 1, file names are below `root`."""
+    id_of = {name: number for number, name in categories}
+    images, annotations = [], list[dict[str, Any]]()
+    for image_id, sample in enumerate(rows, start=1):
+        file_name = Path(os.path.relpath(sample.image, root)).as_posix()
+        height, width = sample.size
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for box, name, crowd in zip(sample.boxes, sample.classes, sample.is_crowd, strict=True):
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": id_of[name]}
+            shape = {"bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+            annotations.append(ids | shape)
+    named = [{"id": number, "name": name} for number, name in categories]
+    return {"images": images, "annotations": annotations, "categories": named}
+
+
+def _key(layout: Layout) -> str:
+    """Hash the code, and name, size and times of all files that a conversion reads."""
+    code = (__file__, *(module.__file__ for module in (files, image_files, labelled, voc, yolo)))
+    content = hashlib.sha256(b"".join(Path(str(path)).read_bytes() for path in code))
+    paths = [(name, path) for name, s in layout.splits.items() for path in (*s.images, *s.labels)]
+    for name, path in [*paths, *(("sources", path) for path in layout.sources)]:
+        state = path.stat() if path.is_file() else None
+        times = state and (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        content.update(os.fsencode(f"{name} {path} {times}\n"))
+    return content.hexdigest()
