@@ -88,5 +88,5 @@ def test_without_images_to_check_on_it_says_so() -> None:
 def test_an_image_that_cannot_be_checked_is_named(trained: Path, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "cut.jpg"
     path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"cut.jpg: is no JPEG.*; give others by --check"):
+    with pytest.raises(UserError, match=r"cut.jpg: is no JPEG.*; give others with --check"):
         export.main(["--checkpoint", str(trained), "--check", str(path)])

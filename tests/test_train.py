@@ -31,7 +31,7 @@ import engine
 import presets
 import train as train_script
 import utils
-from data import coco_arrays, coco_json, loading
+from data import coco_arrays, coco_json, worker_processes
 from data.loading import make_loader
 from data.worker_processes import kill_workers, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
@@ -273,7 +273,7 @@ def _stop_itself(image: Any, target: Any) -> Any:
 def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
     tiny_shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "LOADER_TIMEOUT", 8.0)  # and PyTorch is imported in 3
+    monkeypatch.setattr(worker_processes, "LOADER_TIMEOUT", 8.0)  # and PyTorch is imported in 3
     transforms: Any = _stop_itself
     data = train_set(tiny_shapes, transforms)
     loader = make_loader(data, [[(0, 0)]], 1, torch.device("cpu"), keep=True)
