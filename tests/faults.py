@@ -35,13 +35,13 @@ import torch
 from runtime.records import read_json_lines
 from runtime.train_state import TrainState
 
+# Not from helpers.py: as a script, this imports only what train.py imports.
 ROOT = Path(__file__).parents[1]
 # 15 images that count: on three ranks an epoch is three steps, and its last one is not full.
-SMALL = (
-    *("--model", "retinanet_resnet18_fpn", "--min-size", "64", "--max-size", "64"),
-    *("--device", "cpu", "--workers", "2", "--batch-size", "2", "--print-freq", "1"),
-    *("--opt", "sgd", "--lr", "1e-3", "--clip-grad-norm", "1", "--epochs", "2"),
-    *("--keep-checkpoints", "1", "--score-thresh", "0.001"),
+SMALL = tuple(
+    "--model retinanet_resnet18_fpn --min-size 64 --max-size 64 --device cpu --workers 2 "
+    "--batch-size 2 --print-freq 1 --opt sgd --lr 1e-3 --clip-grad-norm 1 --epochs 2 "
+    "--keep-checkpoints 1 --score-thresh 0.001".split()
 )
 WITHOUT_PROMISE = ("images_per_second", "data_time_share", "memory_mb")  # of a line of the log
 FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "shutil.copyfile", "os.truncate"}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import LABEL_MAP
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
@@ -24,7 +25,6 @@ from runtime import checkpoint, options
 from tools import anchor_fit, visualize
 from utils import UserError
 
-LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Train = Callable[..., Any]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 from torch import nn
 from torchvision.io import read_image
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from helpers import ROOT, annotation, run_script, valid
+from image_helpers import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 from PIL import Image
-from test_coco_json import annotation, valid
-from test_coco_utils import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 
 from data import coco_json, coco_rules, labelled
 from tools import check_data
@@ -91,9 +90,10 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
             assert text.startswith(f"{100 + names.index(case)} {case!r}"), rule
     warned = {rule for rule, finding in found.items() if finding.severity == "warning"}
     assert warned == {
-        *("image files with stray bytes", "image files with an alpha channel"),
-        *("image files in a slow format",),
-        *("image files turned by EXIF, which their size cannot confirm",),
+        "image files with stray bytes",
+        "image files with an alpha channel",
+        "image files in a slow format",
+        "image files turned by EXIF, which their size cannot confirm",
     }
     rules = {rule for rule in coco_rules.RULES if "image files" in rule}
     # That one is in test_coco_utils.
@@ -108,7 +108,9 @@ def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None
     files = {"a.jpg": cut, "ü.png": b""}
     found = findings(make_folder(tmp_path / "data", files, document))
     assert {
-        *("annotations of an unknown category_id", "file_name not below the image folder", DAMAGED),
+        "annotations of an unknown category_id",
+        "file_name not below the image folder",
+        DAMAGED,
     } <= set(found)
 
 

@@ -8,7 +8,6 @@ in half first.
 import errno
 import logging
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import flip_a_bit, sidecar, truncate, write_malice
 
 from runtime import checkpoint, resuming
 from runtime.checkpoint import NEWEST, PREVIOUS
@@ -187,16 +187,6 @@ def test_content_is_on_the_disk_before_it_gets_its_name(
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
 def empty(path: Path) -> None:
     os.truncate(path, 0)
 
@@ -210,10 +200,6 @@ def zero_a_block(path: Path) -> None:
 
 def append_a_byte(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
-
-
-def sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
 
 
 def lose_the_sidecar(path: Path) -> None:
@@ -601,24 +587,6 @@ def _disk_is_full_at(patch: pytest.MonkeyPatch, number: int) -> None:
 # --- malice ---------------------------------------------------------------------------------------
 
 
-class Malice:
-    """Unpickling it creates a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
-
-
-def write_malice(path: Path, canary: Path, form: str) -> None:
-    content = {"model": {"w": torch.zeros(2)}, "args": Malice(canary)}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-
-
 @pytest.mark.parametrize("has_sidecar", [False, True])
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_malicious_checkpoint_is_refused_and_does_nothing(
@@ -668,8 +636,16 @@ def test_pruning_keeps_the_newest_epochs_and_every_other_checkpoint(tmp_path: Pa
 
 
 STRANGERS = (
-    *("model_best.pth", "model_0 (1).pth", "model_final.pth", "model_01.pth", "model_-1.pth"),
-    *("model_1.pth.bak", "my.tmp", "notes.pth.tmp", "checkpoint.pth.old", "model_²۳.pth"),
+    "model_best.pth",
+    "model_0 (1).pth",
+    "model_final.pth",
+    "model_01.pth",
+    "model_-1.pth",
+    "model_1.pth.bak",
+    "my.tmp",
+    "notes.pth.tmp",
+    "checkpoint.pth.old",
+    "model_²۳.pth",
 )
 
 

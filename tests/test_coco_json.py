@@ -13,60 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import Document, annotation, changed, valid, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import coco_arrays, coco_json, coco_rules, locate
 from utils import UserError
 
-Document = dict[str, Any]
 SETTINGS = settings(
     deadline=None,
     max_examples=300,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-def valid() -> Document:
-    """Three images, one without boxes; four annotations, one a crowd; two classes."""
-    return {
-        "info": {"description": "tëst"},
-        "images": [
-            {"id": 10, "file_name": "a.jpg", "width": 100, "height": 80},
-            {"id": 20, "file_name": "sub/b c.jpg", "width": 60, "height": 120},
-            {"id": 30, "file_name": "ü.png", "width": 50, "height": 70, "license": 3},
-        ],
-        "annotations": [
-            annotation(7, 20, 1, [1, 2.5, 30, 40]),
-            annotation(5, 10, 2, [15, 10, 20.25, 30], segmentation=[[1, 2, 3.5, 4]]),
-            annotation(6, 10, 1, [0, 0, 100, 80], iscrowd=1, segmentation={"counts": [1, 2]}),
-            annotation(9, 20, 1, [5, 9, 7, 4], attributes=[{"text": "},{"}, {"a": []}]),
-        ],
-        "categories": [{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}],
-    }
-
-
-def annotation(number: int, image: int, category: int, box: Any, **more: Any) -> Document:
-    area = 1.0 if not isinstance(box, list) or len(box) < 4 else float(box[2] * box[3])
-    ids = {"id": number, "image_id": image, "category_id": category}
-    return {**ids, "bbox": box, "area": area, "iscrowd": 0, **more}
-
-
-def changed(*path: Any, to: Any) -> Callable[[], bytes]:
-    """Return what writes the valid document with the value at `path` changed, or deleted."""
-
-    def write() -> bytes:
-        document = valid()
-        place: Any = document
-        for step in path[:-1]:
-            place = place[step]
-        if to is ...:
-            del place[path[-1]]
-        else:
-            place[path[-1]] = to
-        return json.dumps(document).encode()
-
-    return write
 
 
 def each(name: str, change: Callable[[Any], Any]) -> Callable[[], bytes]:
@@ -371,12 +329,6 @@ BEYOND_A_FILE = {
     "boxes that look like x1 y1 x2 y2",
     "images that resizing makes 0 pixels wide or high",
 }  # in test_cases_coco
-
-
-def write(folder: Path, content: bytes) -> Path:
-    path = folder / "coco.json"
-    path.write_bytes(content)
-    return path
 
 
 @pytest.mark.parametrize("case", ERRORS)

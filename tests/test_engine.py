@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn as dist_nn
 import torch.nn.functional as F
-import torchvision
+from helpers import CPU, LABEL_MAP, Batch, make_batches, make_state, weights_of
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,64 +29,6 @@ from runtime.distributed import Processes
 from runtime.optimization import build_optimizer
 from runtime.train_state import MIN_SCALE, TrainState
 from utils import UserError
-
-LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
-Batch = engine.Batch
-
-
-def make_batches(count: int, size: int, boxes: float = 40.0) -> list[Batch]:
-    """Return random uint8 images of 64 px with one box each, as the loader gives them."""
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for number in range(count):
-        images = [
-            torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8)
-            for _ in range(size)
-        ]
-        targets = [
-            {
-                "boxes": torch.tensor([[8.0, 8.0, boxes, 40.0]]),
-                "labels": torch.tensor([1 + number % 3]),
-                "image_id": torch.tensor(100 * number + place),
-            }
-            for place in range(size)
-        ]
-        batches.append((images, targets))
-    return batches
-
-
-def make_state(
-    tmp_path: Path,
-    *,
-    ema_decay: float | None = None,
-    lr: float = 1e-3,
-    scale: float | None = None,
-    opt: str = "sgd",
-    momentum: float = 0.9,
-    wd: float = 1e-4,
-    from_scratch: bool = False,
-) -> TrainState:
-    """Return a RetinaNet with frozen batch normalisation, as in the recipe, and plain SGD.
-
-    Args:
-        scale: that fp16 starts with; None is for fp32.
-        from_scratch: train batch normalisation.
-    """
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "backbone.pth")
-    model = build_model(
-        "retinanet_resnet18_fpn",
-        LABEL_MAP,
-        weights_backbone=None if from_scratch else str(tmp_path / "backbone.pth"),
-        min_size=64,
-        max_size=64,
-    )
-    optimizer = build_optimizer(
-        model, lr, opt=opt, momentum=momentum, wd=wd, norm_weight_decay=None
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    return TrainState(model, optimizer, scheduler, scaler, make_ema(model, ema_decay))
 
 
 def run(
@@ -107,7 +49,7 @@ def run(
         state.model,
         state,
         batches,
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=per_step,
         batch_weight=lambda position: 1 / per_step,
@@ -117,11 +59,6 @@ def run(
         image_name=lambda image_id: f"photos/{image_id}.jpg",
     )
     return losses
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of all parameters that train."""
-    return {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
@@ -263,7 +200,7 @@ def epoch(state: TrainState, batches: list[Batch], **options: Any) -> list[dict[
         lines.append(line)
         return stop
 
-    processes = Processes(torch.device("cpu"))
+    processes = CPU
     options = {"after_step": after_step, **options}
     engine.train_one_epoch(state.model, state, batches, processes, seed=0, **options)
     return lines
@@ -423,7 +360,7 @@ def test_a_stop_is_honoured_between_two_steps(tmp_path: Path) -> None:
         state.model,
         state,
         make_batches(4, size=1),
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=1,
         batch_weight=lambda position: 1.0,

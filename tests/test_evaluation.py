@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import make_run
+from helpers import CPU, make_run
 from torch import nn
 from torchvision.models import detection
 
@@ -38,11 +38,10 @@ from models.precision import autocast
 from models.transform import padded_sizes
 from models.weights import load_trained
 from runtime import checkpoint, distributed
-from runtime.distributed import PeerError, Processes, join_process_group
+from runtime.distributed import PeerError, join_process_group
 from runtime.options import check_flags, parse_args
 from utils import UserError
 
-CPU = Processes(torch.device("cpu"))
 DETECTORS = {  # of every kind that the project builds the smallest
     "retinanet_resnet18_fpn": {"min_size": 64, "max_size": 64},
     "retinanet_resnet50_fpn_v2": {"min_size": 64, "max_size": 64},

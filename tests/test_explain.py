@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import batched_nms, sigmoid_focal_loss
@@ -33,7 +34,6 @@ from tools import visualize
 from tools.plots import method
 from utils import UserError
 
-ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 

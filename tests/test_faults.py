@@ -29,7 +29,7 @@ from faults import (
     clean_up,
     seconds_until_gone,
 )
-from test_checkpoint import flip_a_bit, sidecar, write_malice
+from helpers import flip_a_bit, sidecar, write_malice
 
 from runtime import checkpoint
 from runtime.records import read_json_lines
@@ -256,7 +256,7 @@ def test_22_a_closed_terminal_stops_a_run_as_sigterm_does(
     runs = make_runs()
     launched = stop_by_signal(runs, "step:2", dwell=0.5, do="SIGHUP")
     assert preempted(runs).startswith("SIGHUP")
-    assert ", saved; the same command goes on" in launched.output()
+    assert ", saved; run the same command to resume" in launched.output()
     runs.run(ranks=2)
     assert_same(runs.gate(), baseline(2))
     assert_nothing_is_left(runs)
@@ -277,7 +277,7 @@ def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_goes_on(
     print(f"second Ctrl-C, {ranks} ranks: all gone {seconds:.1f} s later")
     assert launched.process.returncode != 0 and seconds < 8
     assert "the run stops after this step" in launched.output()
-    assert "ended at once; --resume auto goes on" in launched.output()
+    assert "ended at once; --resume auto resumes" in launched.output()
     runs.run(ranks=ranks)
     assert_same(runs.gate(), baseline(ranks, *flags))
     assert_nothing_is_left(runs)

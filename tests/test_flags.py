@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +35,6 @@ from runtime.options import PATHS
 from tools import check_data, predict
 from utils import UserError
 
-ROOT = Path(__file__).parents[1]
 # The commands of docs/forking.md are for the forks that its diffs make: tests/test_forking.py.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.remove(ROOT / "docs" / "forking.md")

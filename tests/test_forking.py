@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 from PIL import Image
 
 from runtime import options

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
-from conftest import run_script
+from helpers import LABEL_MAP, ROOT, plain_retinanet, run_script
 from torchvision.models import detection
 
 import train as train_script
@@ -28,7 +27,6 @@ from runtime import checkpoint, resuming
 from runtime.records import read_json_lines
 from utils import UserError
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "from_torchvision.md").read_text()
 # Every flag of references/detection/train.py (pytorch/vision, 0.16 and later).
 THEIRS = """
@@ -81,15 +79,7 @@ def of_theirs(
 ) -> detection.RetinaNet:
     """Train a plain model for a step and save it as torchvision's scripts do, after `epoch`."""
     torch.manual_seed(5)
-    backbone = detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet18",
-        weights=None,
-        norm_layer=torch.nn.BatchNorm2d,
-        trainable_layers=5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=torchvision.ops.feature_pyramid_network.LastLevelP6P7(256, 256),
-    )
-    plain = detection.RetinaNet(backbone, 4, min_size=64, max_size=64)
+    plain = plain_retinanet()
     parameters: Any = list(plain.parameters())
     if norm_wd is not None:  # normalisation comes first, and all else after it
         norms = {
@@ -180,8 +170,7 @@ def test_theirs_gives_weights_and_a_backbone(tmp_path: Path) -> None:
     plain = of_theirs(tmp_path / "model_0.pth")
     weights = read_weights(str(tmp_path / "model_0.pth"), "--weights")
     assert weights.settings is not None and weights.settings["opt"] == "sgd"
-    label_map = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
-    built = build_model("retinanet_resnet18_fpn", label_map, weights_backbone=weights.source)
+    built = build_model("retinanet_resnet18_fpn", LABEL_MAP, weights_backbone=weights.source)
     found = built.backbone.body.state_dict()
     expected = plain.backbone.body.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())

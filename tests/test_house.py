@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 TOP = {path.stem for path in ROOT.glob("*.py")}
 FOLDERS = ("models", "data", "runtime")
 SOURCES = sorted(
@@ -90,6 +90,12 @@ def test_folders_import_utils_and_themselves_the_top_imports_folders_and_nothing
 )
 def test_an_import_that_points_the_wrong_way_is_found(path: str, source: str) -> None:
     assert wrong_imports(path, source)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=relative)
+def test_no_test_file_imports_another(path: Path) -> None:
+    names = imported_modules(ast.parse(path.read_text()))
+    assert not {name for name in names if name.startswith("test_") or name == "conftest"}
 
 
 def test_folders_export_nothing() -> None:

@@ -15,18 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import make_batches, make_state, weights_of
+from helpers import CPU, LABEL_MAP, make_batches, make_state, weights_of
 from torch import nn
 from torchvision.ops._utils import split_normalization_params
 
 import engine
 import train as train_script
 from models.build import build_model
-from runtime.distributed import Processes
 from runtime.optimization import build_optimizer, lr_factor
 from utils import UserError
 
-LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Train = Callable[..., Any]
 
 
@@ -68,7 +66,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path, larg
         state.model,
         state,
         make_batches(1, size=1),
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=1,
         batch_weight=lambda position: 1.0,
@@ -90,7 +88,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path: Path) -> N
         state.model,
         state,
         make_batches(2, size=1),
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=1,
         batch_weight=lambda position: 1.0,
@@ -137,9 +135,10 @@ def test_scale_lr_is_linear_in_the_images_of_a_step(
     train: Train, tmp_path: Path, processes: int, batch: int, accumulated: int
 ) -> None:
     train(
-        *("--scale-lr", "--lr", "1e-3", "--batch-size", str(batch), "--max-steps", "1"),
-        *("--accumulate-steps", str(accumulated), "--eval-every", "0", "--warmup-steps", "0"),
-        *("--output-dir", tmp_path / "run"),
+        "--output-dir",
+        tmp_path / "run",
+        *f"--scale-lr --lr 1e-3 --batch-size {batch} --accumulate-steps {accumulated}".split(),
+        *"--max-steps 1 --eval-every 0 --warmup-steps 0".split(),
         processes=processes,
     )
     images = processes * batch * accumulated

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torchvision import models
 
 import train as train_script
@@ -27,8 +27,8 @@ from tools import check_data, convert, predict, visualize
 PAGE = (ROOT / "docs" / "own_data.md").read_text()
 WEIGHTS = models.detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1
 SHORT = (
-    *("--min-size", "96", "--max-size", "128", "--batch-size", "16", "--epochs", "1"),
-    *("--lr-steps", "1", "--workers", "0", "--device", "cpu", "--print-freq", "1"),
+    "--min-size 96 --max-size 128 --batch-size 16 --epochs 1 --lr-steps 1 --workers 0 "
+    "--device cpu --print-freq 1".split()
 )
 
 

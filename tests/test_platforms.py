@@ -8,13 +8,20 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import utils
 
 COMMANDS = (
-    *("train", "tools.benchmark", "tools.check_data", "docs.explain", "tools.export"),
-    *("tools.predict", "tools.report", "tools.score", "tools.visualize"),
+    "train",
+    "tools.benchmark",
+    "tools.check_data",
+    "docs.explain",
+    "tools.export",
+    "tools.predict",
+    "tools.report",
+    "tools.score",
+    "tools.visualize",
 )
 # Libraries load as on this machine; then the project meets a Python without what Windows lacks.
 WINDOWS = """

@@ -31,12 +31,12 @@ from runtime.summary import (
 Train = Callable[..., Any]
 
 
-def run_on_a_terminal(columns: int, *flags: str) -> tuple[int, str]:
+def run_on_a_terminal(columns: int, flags: str) -> tuple[int, str]:
     """Run train.py on a terminal; return its exit status and all that the terminal got."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "train.py", *flags]
+    command = [sys.executable, "train.py", *flags.split()]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True
     )
@@ -56,10 +56,9 @@ def on_a_terminal(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("terminal") / "run"
     status, text = run_on_a_terminal(
         160,
-        *("--data-path", str(tiny_shapes), "--model", "retinanet_resnet18_fpn", "--lr", "1e-3"),
-        *("--min-size", "64", "--max-size", "64", "--epochs", "2", "--lr-steps", "1"),
-        *("--batch-size", "4", "--workers", "1", "--print-freq", "2", "--tensorboard"),
-        *("--output-dir", str(folder)),
+        f"--data-path {tiny_shapes} --output-dir {folder} --model retinanet_resnet18_fpn "
+        "--min-size 64 --max-size 64 --lr 1e-3 --epochs 2 --lr-steps 1 --batch-size 4 "
+        "--workers 1 --print-freq 2 --tensorboard",
     )
     assert status == 0, text
     return folder, text
@@ -122,9 +121,8 @@ def test_tensorboard_shows_each_step_once_after_a_crash(train: Train, tmp_path: 
 def test_a_terminal_without_a_width_gets_lines(tiny_shapes: Path, tmp_path: Path) -> None:
     status, text = run_on_a_terminal(
         0,
-        *("--data-path", str(tiny_shapes), "--model", "retinanet_resnet18_fpn", "--min-size", "64"),
-        *("--max-size", "64", "--print-freq", "1", "--max-steps", "1", "--workers", "0"),
-        *("--output-dir", str(tmp_path / "run")),
+        f"--data-path {tiny_shapes} --output-dir {tmp_path / 'run'} --model retinanet_resnet18_fpn "
+        "--min-size 64 --max-size 64 --print-freq 1 --max-steps 1 --workers 0",
     )
     assert status == 0, text
     assert re.search(r"step 1  epoch 0  loss ", text) and "%|" not in text

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from torch.distributed.run import get_args_parser
 from torchvision import models
 
 import train as train_script
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "recipes").glob("*.sh"))
 COCO_RECIPES = [path for path in SCRIPTS if path.name.startswith("retinanet_")]
 # What recipes call: it writes down its arguments, which are separated as no argument is.
@@ -35,10 +35,10 @@ LAUNCHER = """#!/usr/bin/env bash
 exec "$PYTHON" -m torch.distributed.run --standalone "$@"
 """
 SMALL = (
-    *("--device", "cpu", "--workers", "0", "--batch-size", "1", "--print-freq", "1"),
-    *("--max-steps", "2", "--eval-every", "0", "--clip-grad-norm", "1"),
+    "--device cpu --workers 0 --batch-size 1 --print-freq 1 --max-steps 2 --eval-every 0 "
+    "--clip-grad-norm 1".split()
 )
-TINY = ("--model", "retinanet_resnet18_fpn", "--min-size", "64", "--max-size", "64")
+SMALL_MODEL = "--model retinanet_resnet18_fpn --min-size 64 --max-size 64".split()
 
 
 def run(
@@ -205,7 +205,7 @@ def test_the_published_recipe_trains(
 ) -> None:
     script = ROOT / "recipes" / "retinanet_r50_fpn_26e.sh"
     backbone = ("--weights-backbone", backbones["resnet18"])
-    about = train_two_steps(script, tmp_path, *TINY, *backbone, DATA=tiny_shapes)
+    about = train_two_steps(script, tmp_path, *SMALL_MODEL, *backbone, DATA=tiny_shapes)
     # One process of one image: a sixteenth of the recipe's batch, and of its rate.
     assert about["effective_lr"] == pytest.approx(0.01 / 16) and about["global_batch"] == 1
     assert about["args"]["epochs"] == 26 and about["args"]["opt"] == "sgd"
@@ -222,7 +222,7 @@ def test_the_other_coco_recipes_train(
     if "v2" in script.stem:
         small = ("--no-sync-bn",)  # this is a CPU
     else:
-        small, resnet = TINY[:2], "resnet18"
+        small, resnet = SMALL_MODEL[:2], "resnet18"
     flags = (*small, "--weights-backbone", str(backbones[resnet]))
     about = train_two_steps(script, tmp_path, *flags, DATA=tiny_shapes)
     expected = PUBLISHED[script.stem]
@@ -242,7 +242,7 @@ def test_the_recipes_for_two_cores_train_and_report(
     script = ROOT / "recipes" / f"{name}.sh"
     # Two steps are an epoch of batches of 8, after which there is something to report.
     epoch = ("--epochs", "1", "--batch-size", "8", "--eval-every", "1", "--max-steps", "3")
-    flags = (*TINY, *epoch, "--dataset", "coco", "--data-path", tiny_shapes)
+    flags = (*SMALL_MODEL, *epoch, "--dataset", "coco", "--data-path", tiny_shapes)
     about = train_two_steps(script, tmp_path, *flags, DATA=tiny_shapes)
     assert about["args"]["amp"] == "bf16"
     assert list((tmp_path / "out").rglob("errors.png"))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import font_manager
@@ -29,8 +29,12 @@ from utils import UserError, run_command
 
 NAMES = ["cell", "a class with a name that is far too long to be shown", "Blutplättchen"]
 PICTURES = {
-    *("pr_curves.png", "per_class_ap.png", "confusion_matrix.png", "errors.png"),
-    *("predictions.jpg", "worst_images.jpg"),
+    "pr_curves.png",
+    "per_class_ap.png",
+    "confusion_matrix.png",
+    "errors.png",
+    "predictions.jpg",
+    "worst_images.jpg",
 }
 
 

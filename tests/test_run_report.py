@@ -161,12 +161,22 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             f'<!doctype html><meta charset="utf-8">{scheme}<script>{MEASURE}</script>{frames}'
         )
         command = [
-            *(BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-            *("--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"),
-            *("--window-size=1500,2000", "--enable-logging=stderr", "--virtual-time-budget=10000"),
+            BROWSER or "",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+            "--window-size=1500,2000",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=10000",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            *("--dump-dom", wrapper.as_uri()),
+            "--dump-dom",
+            wrapper.as_uri(),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         (measured,) = re.findall(r"<pre>measured (\[.*\])</pre>", done.stdout)

@@ -15,7 +15,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 import pytest
-from conftest import run_script
+from helpers import run_script
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 

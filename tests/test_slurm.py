@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
 import train as train_script
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "slurm.sbatch"
 # It drops its own options, as srun does, and is the process that a signal to srun reaches.
 SRUN = """#!/usr/bin/env bash

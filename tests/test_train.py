@@ -20,11 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TINY, run_script
+from helpers import CPU, ROOT, TINY, plain_retinanet, run_script
 from PIL import Image
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d
-from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import coco_utils
 import engine
@@ -37,7 +34,6 @@ from data.worker_processes import kill_workers, worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from models.build import build_model
 from runtime import checkpoint, progress, resuming
-from runtime.distributed import Processes
 from runtime.optimization import build_optimizer, lr_factor
 from runtime.records import read_json_lines
 from runtime.train_state import TrainState
@@ -103,20 +99,6 @@ def test_a_step_keeps_its_batches_on_other_numbers_of_processes() -> None:
         resuming.batches_per_step(1, 3, of_run)
 
 
-def _plain_torchvision(state: dict[str, torch.Tensor], frozen: bool = False) -> torch.nn.Module:
-    backbone = resnet_fpn_backbone(
-        backbone_name="resnet18",
-        weights=None,
-        norm_layer=FrozenBatchNorm2d if frozen else torch.nn.BatchNorm2d,
-        trainable_layers=3 if frozen else 5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
-    )
-    model = torchvision.models.detection.RetinaNet(backbone, 4, min_size=64, max_size=64)
-    model.load_state_dict(state)
-    return model
-
-
 def _plain_sample(
     folder: Path, annotations: coco_arrays.Annotations, number: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -154,7 +136,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
         min_size=64,
         max_size=64,
     )
-    plain = _plain_torchvision(ours.state_dict(), frozen=True)
+    plain = plain_retinanet(ours.state_dict(), frozen=True)
 
     gradients: list[dict[str, torch.Tensor]] = []
     expected_losses = []
@@ -193,7 +175,7 @@ def test_ten_steps_equal_a_plain_torchvision_loop(tiny_shapes: Path, tmp_path: P
             ours,
             state,
             loader,
-            Processes(torch.device("cpu")),
+            CPU,
             seed=0,
             batches_per_step=1,
             batch_weight=sampler.weight,
@@ -349,7 +331,7 @@ def test_metrics_are_the_numbers_that_were_printed(finished_run: tuple[Path, str
 
 def test_checkpoints_load_into_a_plain_torchvision_model(finished_run: tuple[Path, str]) -> None:
     content = torch.load(finished_run[0] / "checkpoint.pth", weights_only=True)
-    plain = _plain_torchvision(content["model"])
+    plain = plain_retinanet(content["model"])
     assert len(plain.eval()([torch.rand(3, 64, 64)])) == 1
     assert set(content) >= {"model", "ema", "optimizer", "lr_scheduler", "scaler", "epoch", "step"}
     assert set(content) >= {"position", "args", "categories", "versions"}

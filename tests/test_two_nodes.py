@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import ROOT, Runs, assert_same, clean_up, seconds_until_gone
+from faults import Runs, assert_same, clean_up, seconds_until_gone
+from helpers import ROOT
 
 pytestmark = pytest.mark.faults
 ADDRESSES = ("10.213.87.1", "10.213.87.2")

@@ -21,6 +21,7 @@ from typing import IO, Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,6 @@ from runtime.records import append_json_line, read_json_lines, rewind_json_lines
 from runtime.signals import StopSignal, follow_launcher
 from utils import UserError, derive_seed, lock_folder, replace_file
 
-ROOT = Path(__file__).parents[1]
 HOUSE = {path.stem: path for path in ROOT.glob("*.py")}
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = sorted([*ROOT.glob("recipes/*.sh"), ROOT / ".ci" / "run", ROOT / "Makefile"])

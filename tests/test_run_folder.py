@@ -1,4 +1,4 @@
-"""What rank 0 writes fails on every process or on none: python -m pytest tests/test_run.py."""
+"""What rank 0 writes fails on every process or on none: python -m pytest tests/test_run_folder.py."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import make_run
+from helpers import CPU, make_run
 
 import train as train_script
 from data import coco_arrays, coco_json
 from runtime import checkpoint, resuming, summary
 from runtime import run_folder as run
-from runtime.distributed import Processes, join_process_group
+from runtime.distributed import join_process_group
 from utils import UserError
 
 
@@ -102,12 +102,11 @@ def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
 def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_path: Path) -> None:
     checkpoint.save({"step": 3}, tmp_path / checkpoint.NEWEST)
     before = (tmp_path / checkpoint.NEWEST).read_bytes()
-    processes = Processes(torch.device("cpu"))
     with contextlib.ExitStack() as stack, pytest.raises(UserError, match="holds a run"):
-        run.open_folder(tmp_path, None, False, processes, stack)
+        run.open_folder(tmp_path, None, False, CPU, stack)
     assert (tmp_path / checkpoint.NEWEST).read_bytes() == before
     with contextlib.ExitStack() as stack:
-        found = run.open_folder(tmp_path, "auto", False, processes, stack)
+        found = run.open_folder(tmp_path, "auto", False, CPU, stack)
     assert found == tmp_path / checkpoint.NEWEST
 
 

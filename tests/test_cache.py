@@ -1,6 +1,6 @@
 """The annotation cache: equal to what it stands for, built once, rebuilt when anything is amiss.
 
-python -m pytest tests/test_data_cache.py
+python -m pytest tests/test_cache.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_coco_json import changed, valid, write
+from helpers import changed, valid, write
 
 from data import cache as data_cache
 from data import coco_json

@@ -1,6 +1,6 @@
 """VOC and YOLO folders become COCO JSON with every image, box and name, or a clear error.
 
-python -m pytest tests/test_formats.py
+python -m pytest tests/test_conversion.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 import pytest
-from conftest import TINY, run_script
+from helpers import TINY, run_script
 from PIL import Image
 
 from data import cache as data_cache
