@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from helpers import CAT_AND_DOG, ROOT, TINY, run_script
 
+import train as train_script
 from data import shapes
 from data.worker_processes import start_worker_server
 from models.build import build_model
 from runtime import checkpoint
+from utils import STOP_SIGNALS, logger
 
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
 
@@ -50,6 +54,48 @@ def train(tiny_shapes: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     ) -> subprocess.CompletedProcess[str]:
         command = ("train.py", "--data-path", tiny_shapes, *TINY, *flags)
         return run_script(*command, processes=processes, check=check)
+
+    return run
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Run train.py's command line in this process: `command_line(*flags)`."""
+    numbers = (*STOP_SIGNALS, signal.SIGCHLD)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    log = logger.handlers, logger.propagate, logger.level
+
+    def run(*flags: str | Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        train_script.run_from_command_line()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logger.handlers, logger.propagate, logger.level = log
+
+
+@pytest.fixture
+def start(
+    command_line: Callable[..., None], tiny_shapes: Path, tmp_path: Path
+) -> Callable[..., None]:
+    """Run train.py in this process, tiny, on shapes, for an epoch: `start(*flags)`."""
+    data = ("--data-path", tiny_shapes, "--output-dir", tmp_path / "run")
+    return lambda *flags: command_line(*data, *TINY, "--epochs", "1", *flags)
+
+
+@pytest.fixture
+def error_of(start: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run train.py like `start`, to a status of 1; return its one message: `error_of(*flags)`."""
+
+    def run(*flags: str | Path) -> str:
+        with pytest.raises(SystemExit) as raised:
+            start(*flags)
+        assert raised.value.code == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("error: ") == 1
+        assert "Traceback" not in message
+        return message
 
     return run
 

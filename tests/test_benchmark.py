@@ -112,7 +112,7 @@ def test_data_prints_start_up_workers_order_and_padding(
     assert kept == {"tiny-1", ".tiny-1.lock"}  # nothing but the generated file stays
 
 
-def test_generated_file_is_what_it_says_and_both_sides_see_the_same(tmp_path: Path) -> None:
+def test_generated_file_has_the_stated_numbers_and_both_sides_read_the_same(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     benchmark_data.write_file(path, 200, 1_000, outlines=True)
     document = json.loads(path.read_text())

@@ -85,7 +85,7 @@ def test_small_files_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "cache").exists()
 
 
-def test_changed_file_is_read_anew(json_file: Path) -> None:
+def test_a_changed_file_is_read_again(json_file: Path) -> None:
     before, _ = data_cache.examine(json_file)
     about = json_file.stat()
     content = json_file.read_bytes().replace(b"[15, 10, 20.25, 30]", b"[15, 10, 20.25, 31]")
@@ -225,7 +225,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_cache_is_built_anew(
+def test_a_damaged_cache_is_built_again(
     damage: Any, json_file: Path, reads: list[Path], tmp_path: Path
 ) -> None:
     data_cache.examine(json_file)
@@ -264,7 +264,7 @@ def test_files_with_errors_are_read_once_and_not_kept(
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
-def test_unwritable_cache_is_said_and_does_without(
+def test_an_unwritable_cache_is_logged_and_not_used(
     json_file: Path, tmp_path: Path, reads: list[Path]
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
@@ -310,7 +310,7 @@ def test_one_of_six_processes_builds(before: Any, json_file: Path, tmp_path: Pat
     assert_right(json_file)
 
 
-def test_killed_builder_leaves_nothing_in_the_way(json_file: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_does_not_block_the_next(json_file: Path, tmp_path: Path) -> None:
     def build_and_die() -> None:
         def save(*_: Any) -> None:
             os.kill(os.getpid(), 9)

@@ -401,7 +401,7 @@ def expected(images: range, name: Callable[[int], str]) -> list[tuple[str, str, 
 
 
 @pytest.mark.parametrize("case", USED)
-def test_what_has_one_meaning_is_used_with_a_warning_that_counts(
+def test_unambiguous_input_is_used_with_a_warning_and_a_count(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options, classes, warnings = USED[case]
@@ -564,7 +564,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_ambiguous_is_refused_in_short_lines(case: str, tmp_path: Path) -> None:
+def test_ambiguous_input_is_refused_in_short_lines(case: str, tmp_path: Path) -> None:
     options, errors = REFUSED[case]
     root = folder(tmp_path / "data", **options)
     with pytest.raises(UserError) as caught:
@@ -579,7 +579,7 @@ def test_what_is_ambiguous_is_refused_in_short_lines(case: str, tmp_path: Path) 
         assert "--keep-empty" in text
 
 
-def test_two_corners_are_told_by_statistics(
+def test_boxes_of_two_corners_are_detected_by_statistics(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """c17: large boxes leave the image as x y w h, none does as x1 y1 x2 y2."""
@@ -594,7 +594,7 @@ def test_two_corners_are_told_by_statistics(
 
 
 @pytest.mark.parametrize("as_corners", [True, False])
-def test_small_boxes_of_two_corners_are_told_by_correlation(
+def test_small_boxes_of_two_corners_are_detected_by_correlation(
     as_corners: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They lie in the upper left quarter, so that none leaves the image either way."""
@@ -627,7 +627,7 @@ def test_large_boxes_within_the_image_are_no_corners(
     assert caplog.messages == []
 
 
-def test_one_file_or_image_in_both_splits_is_told(
+def test_a_file_or_image_in_both_splits_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = folder(tmp_path)
@@ -643,7 +643,7 @@ def test_one_file_or_image_in_both_splits_is_told(
 
 
 @pytest.mark.parametrize("case", ["c25 no boxes", "c43 crowds only"])
-def test_every_command_refuses_a_set_without_boxes_or_says_so(
+def test_every_command_refuses_a_set_without_boxes_or_reports_it(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = folder(tmp_path / "data", **REFUSED[case][0])
@@ -731,7 +731,9 @@ def test_val_with_another_class_is_refused(tmp_path: Path) -> None:
     assert check_data.main(["--data-path", str(root), "-j", "1"]) == 1
 
 
-def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_names_of_one_file_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def change(document: Document, split: str) -> None:
         document["images"][0]["file_name"] = "im1.JPG"
 
@@ -739,7 +741,7 @@ def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert any("images that share a file: 'im1.jpg' (join them" in text for text in caplog.messages)
 
 
-def test_each_folder_is_looked_through_once_for_other_spellings(
+def test_each_folder_is_listed_once_to_find_other_spellings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of 100,000 images in which every suffix is in capitals is no hours of work."""

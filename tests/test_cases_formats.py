@@ -619,7 +619,7 @@ def layout_of(case: str, edit: Edit, tmp_path: Path) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("case", USED)
-def test_what_is_unambiguous_is_used_and_counted(case: str, tmp_path: Path) -> None:
+def test_unambiguous_folders_are_used_with_a_count(case: str, tmp_path: Path) -> None:
     edit, names, counts = USED[case]
     boxes, found = read(*layout_of(case, edit, tmp_path))
     require_right_boxes(boxes, names)
@@ -868,7 +868,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_ambiguous_is_refused_with_file_and_fix(case: str, tmp_path: Path) -> None:
+def test_ambiguous_folders_are_refused_with_file_and_fix(case: str, tmp_path: Path) -> None:
     edit, patterns = REFUSED[case]
     layout, root = layout_of(case, edit, tmp_path)
     with pytest.raises(UserError) as caught:
@@ -1051,7 +1051,7 @@ def test_slow_formats_are_read_by_pil_and_are_named(kind: str, tmp_path: Path) -
         (b"<!DOCTYPE html><html></html>", "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
     ],
 )
-def test_what_would_be_read_wrongly_is_refused(
+def test_images_that_decoders_would_misread_are_refused(
     content: bytes, message: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "a", content)
@@ -1094,7 +1094,7 @@ def values_in(content: bytes) -> set[float]:
 
 @DAMAGE
 @given(content=damaged(label(1)))
-def test_damaged_label_text_is_refused_or_read_as_it_says(content: bytes, tmp_path: Path) -> None:
+def test_damaged_label_text_is_refused_or_read_literally(content: bytes, tmp_path: Path) -> None:
     root = tmp_path / "data"
     if not root.exists():
         yolo(root)
@@ -1124,7 +1124,7 @@ def extent(row: list[float]) -> list[float]:
 
 @DAMAGE
 @given(content=damaged(xml(1, "t1.png")))
-def test_damaged_xml_is_refused_or_read_as_it_says(content: bytes, tmp_path: Path) -> None:
+def test_damaged_xml_is_refused_or_read_literally(content: bytes, tmp_path: Path) -> None:
     root = tmp_path / "data"
     if not root.exists():
         voc(root)
@@ -1142,7 +1142,9 @@ def test_damaged_xml_is_refused_or_read_as_it_says(content: bytes, tmp_path: Pat
 
 @DAMAGE
 @given(content=damaged(yaml_text("\n  0: 'red, dark'\n  1: blue #2")))
-def test_damaged_yaml_is_refused_or_read_as_yaml_says(content: bytes, tmp_path: Path) -> None:
+def test_damaged_yaml_is_refused_or_read_by_the_rules_of_yaml(
+    content: bytes, tmp_path: Path
+) -> None:
     import yaml
 
     root = tmp_path / "data"
@@ -1294,7 +1296,7 @@ def test_frames_of_one_video_stay_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
-def test_two_lines_lead_from_each_layout_to_training(layout: str, tmp_path: Path) -> None:
+def test_two_commands_lead_from_each_layout_to_training(layout: str, tmp_path: Path) -> None:
     if layout == "voc":
         root = voc(tmp_path / "data")
         REFUSED["v09_kaggle_flat"][0](root)

@@ -116,7 +116,7 @@ def test_sidecars_are_accepted_by_sha256sum(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in expected)
 
 
-def test_the_checkpoint_before_stays_at_hand_and_nothing_else(tmp_path: Path) -> None:
+def test_a_save_keeps_the_checkpoint_before_and_no_other_file(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint.save(state(step), tmp_path / NEWEST)
     assert_holds(tmp_path / NEWEST, 3)
@@ -124,7 +124,7 @@ def test_the_checkpoint_before_stays_at_hand_and_nothing_else(tmp_path: Path) ->
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_file_system_without_links_keeps_the_checkpoint_before_as_well(
+def test_a_file_system_without_links_also_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(source: Path, target: Path) -> None:
@@ -232,7 +232,7 @@ Damage = Callable[[Path], None]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_falls_back_loudly(
+def test_a_damaged_checkpoint_is_logged_and_the_one_before_is_used(
     tmp_path: Path, damage: Damage, warnings: list[str]
 ) -> None:
     for step in (1, 2):
@@ -245,7 +245,9 @@ def test_a_damaged_checkpoint_falls_back_loudly(
     assert str(tmp_path / NEWEST) in warnings[0] and "damaged" in warnings[0]
 
 
-def test_an_intact_checkpoint_is_taken_in_silence(tmp_path: Path, warnings: list[str]) -> None:
+def test_an_intact_checkpoint_is_used_without_a_warning(
+    tmp_path: Path, warnings: list[str]
+) -> None:
     for step in (1, 2):
         checkpoint.save(state(step), tmp_path / NEWEST)
     flip_a_bit(tmp_path / PREVIOUS)
@@ -605,7 +607,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_the_malice_would_work_on_who_unpickles_it(tmp_path: Path, form: str) -> None:
+def test_the_malicious_file_works_if_it_is_unpickled(tmp_path: Path, form: str) -> None:
     # Else the test above could not fail.
     write_malice(tmp_path / NEWEST, tmp_path / "canary", form)
     torch.load(tmp_path / NEWEST, weights_only=False)
@@ -672,7 +674,7 @@ def test_files_of_other_names_are_never_counted_read_or_deleted(
 
 
 @pytest.mark.parametrize("name", [NEWEST, "best.pth", "model_3.pth"])
-def test_a_folder_with_a_checkpoint_is_no_place_for_a_new_run(tmp_path: Path, name: str) -> None:
+def test_a_new_run_is_refused_in_a_folder_with_a_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("of some run, without args.json")
     with pytest.raises(UserError, match=f"holds a run .*{name}.*--resume auto"):
         checkpoint.require_unused(tmp_path)
@@ -805,7 +807,7 @@ def test_a_reader_of_a_file_that_is_being_replaced_never_finds_it_damaged(tmp_pa
 # --- the same run ---------------------------------------------------------------------------------
 
 
-def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(warnings: list[str]) -> None:
+def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(warnings: list[str]) -> None:
     now, defaults = {"lr": 0.1, "loss": "focal"}, {"loss": "focal"}
     resuming.check_same_run({"lr": 0.1}, now, (), Path("c.pth"), defaults)
     assert warnings == []

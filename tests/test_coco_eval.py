@@ -243,7 +243,7 @@ def test_numbers_equal_pycocotools_for_any_processes_and_order(
     assert np.array_equal(rows, gathered(case)[1])
 
 
-def test_the_random_cases_hold_what_they_should() -> None:
+def test_the_random_cases_cover_crowds_empty_images_and_every_number() -> None:
     cases = [make_case(seed) for seed in range(40)]
     scored = [reference(case).metrics for case in cases]
     assert any(case.truth.iscrowd.any() for case in cases)
@@ -535,7 +535,7 @@ def test_the_classes_average_to_the_numbers(case: Case, shift: int) -> None:
     assert set(analysis.errors["delta_ap"]) == {*"Cls Loc Both Dupe Bkg Miss FP FN".split()}
 
 
-def test_what_lies_on_crowds_is_neither_right_nor_wrong() -> None:
+def test_detections_on_crowds_are_neither_right_nor_wrong() -> None:
     case = make_case(3, objects=8, found=12, crowds=1.0)
     assert case.truth.iscrowd.all() and len(gathered(case)[1])
     evaluator, rows = gathered(case)
@@ -589,7 +589,7 @@ def test_a_class_name_cannot_write_lines_or_move_the_cursor() -> None:
         ),
     ],
 )
-def test_the_error_line_never_says_that_nothing_is_lost_where_boxes_are(
+def test_the_error_line_reports_missed_boxes_when_no_correction_gains(
     rows: list[list[float]], line: str
 ) -> None:
     truth = Truth(
@@ -608,7 +608,7 @@ def test_the_error_line_never_says_that_nothing_is_lost_where_boxes_are(
     assert error_line(analysis).startswith(line)
 
 
-def test_what_is_not_finite_is_refused_with_the_images() -> None:
+def test_detections_that_are_not_finite_are_refused_with_the_images() -> None:
     case = make_case(4, found=10)
     number = next(i for i, found in enumerate(case.detections) if len(found["scores"]))
     case.detections[number]["boxes"][0, 2] = float("nan")

@@ -405,7 +405,7 @@ def test_clean_sets_have_no_findings(split: str, tiny_shapes: Path, bccd: Path) 
         assert_equals_json(annotations, path.read_bytes())
 
 
-def test_legal_oddities_are_kept(tmp_path: Path) -> None:
+def test_allowed_oddities_are_kept(tmp_path: Path) -> None:
     document = valid()
     document["images"][0]["id"] = document["annotations"][1]["image_id"] = 2**63 - 1
     document["annotations"][2]["image_id"] = 2**63 - 1
@@ -589,7 +589,7 @@ def test_fingerprint_changes_with_what_training_sees(tmp_path: Path) -> None:
         assert fingerprint(json.loads(changed(*path, to=value)())) != reference, path
 
 
-def test_a_summary_tells_what_changed_in_the_data(tmp_path: Path) -> None:
+def test_a_summary_names_what_changed_in_the_data(tmp_path: Path) -> None:
     def read(document: Document) -> coco_arrays.Annotations:
         return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[0]
 

@@ -66,7 +66,7 @@ def read(folder: Path, content: bytes, size: tuple[int, int], name: str = "a b Ã
 
 
 @pytest.mark.parametrize("kind", LEGAL)
-def test_legal_images_have_the_pixels_of_pil(kind: str, tmp_path: Path) -> None:
+def test_allowed_images_have_the_pixels_of_pil(kind: str, tmp_path: Path) -> None:
     content = LEGAL[kind]()
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     image = read(tmp_path, content, expected.shape[:2])
@@ -98,7 +98,7 @@ def test_exif_turns_an_image_unless_its_size_is_that_of_the_stored_pixels(
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("case", BAD)
-def test_bad_image_is_an_error_that_says_why(case: str, tmp_path: Path) -> None:
+def test_bad_image_is_an_error_with_the_reason(case: str, tmp_path: Path) -> None:
     content, rule, message = BAD[case]
     with pytest.raises(image_files.ImageError) as caught:
         read(tmp_path, content, (40, 64))
@@ -132,7 +132,9 @@ def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
         assert image.shape == (3, 40, 64)
 
 
-def test_what_is_no_file_is_missing_and_hangs_nothing(tmp_path: Path) -> None:
+def test_a_path_that_is_no_regular_file_counts_as_missing_and_blocks_nothing(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe", "nowhere", "nul\0"):
@@ -273,7 +275,7 @@ def test_same_sample_for_same_seed_epoch_index(tmp_path: Path) -> None:
     assert not (first.shape == other.shape and torch.equal(first, other))
 
 
-def test_a_batch_comes_out_of_a_worker_as_it_went_in(tmp_path: Path) -> None:
+def test_a_batch_is_unchanged_on_its_way_out_of_a_worker(tmp_path: Path) -> None:
     document = valid()
     document["annotations"] = document["annotations"][:1]  # one image has no box
     data = data_set(tmp_path, document)

@@ -134,7 +134,7 @@ def test_yolo_names_may_be_written_in_each_usual_way(names: str, tmp_path: Path)
     assert [name for _, name in read("yolo", root).categories] == ["dog", "cat"]
 
 
-def test_yolo_boxes_of_a_turned_image_are_those_that_one_sees(tmp_path: Path) -> None:
+def test_yolo_boxes_of_a_turned_image_are_those_that_viewers_show(tmp_path: Path) -> None:
     root, exif = yolo(tmp_path / "data"), Image.Exif()
     exif[0x0112] = 6
     write_image(root / "train" / "images" / "a b ü.jpg", exif)
@@ -182,7 +182,9 @@ def test_conversion_happens_once_and_again_after_a_change(
 
 @pytest.mark.parametrize("split", labelled.SPLITS)
 @pytest.mark.parametrize("damage", ["cut", "edited", "removed", "empty"])
-def test_a_damaged_json_in_the_cache_is_made_again(split: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_json_in_the_cache_is_built_again(
+    split: str, damage: str, tmp_path: Path
+) -> None:
     root = yolo(tmp_path / "data")
     path = conversion.coco_paths("yolo", root)[f"{split}_annotations"]
     whole = path.read_bytes()
@@ -217,7 +219,7 @@ def as_yolo(bccd: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("layout, tolerance", [("voc", 0.51), ("yolo", 1e-3)])
-def test_bccd_comes_back_from_both_layouts(
+def test_bccd_is_unchanged_after_a_way_through_voc_or_yolo(
     layout: str, tolerance: float, bccd: Path, tmp_path: Path
 ) -> None:
     {"voc": as_voc, "yolo": as_yolo}[layout](bccd, tmp_path / "data")
@@ -239,7 +241,7 @@ def test_bccd_comes_back_from_both_layouts(
 
 
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
-def test_train_py_takes_the_layout_and_keeps_its_label_map(layout: str, tmp_path: Path) -> None:
+def test_train_py_reads_the_layout_and_keeps_its_label_map(layout: str, tmp_path: Path) -> None:
     root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
     run = tmp_path / "run"
     data = ("--dataset", layout, "--data-path", root)

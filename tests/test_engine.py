@@ -140,7 +140,7 @@ def test_the_ema_is_torchs_to_the_bit() -> None:
             assert value == 4  # as many batches as the model has seen
 
 
-def test_ema_goes_on_after_a_resume_as_if_there_had_been_none(tmp_path: Path) -> None:
+def test_ema_is_equal_with_and_without_a_resume(tmp_path: Path) -> None:
     batches = make_batches(4, size=1)
     whole = make_state(tmp_path, ema_decay=0.9)
     run(whole, batches)
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         (torch.float16, None, "sgd", "a value overflowed in fp16: .*--amp bf16, or the learning"),
     ],
 )
-def test_what_is_not_finite_is_first_put_down_to_the_likeliest_cause(
+def test_the_error_on_a_loss_that_is_not_finite_names_the_likeliest_cause_first(
     tmp_path: Path, amp_dtype: torch.dtype | None, clip: float | None, opt: str, first: str
 ) -> None:
     optimizer = make_state(tmp_path, opt=opt).optimizer
@@ -272,7 +272,7 @@ def test_a_step_that_is_not_finite_is_neither_logged_nor_saved_nor_evaluated(
 
 
 @pytest.mark.parametrize("place", ["model", "statistics", "ema", "optimizer"])
-def test_what_is_not_finite_is_never_saved(tmp_path: Path, place: str) -> None:
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, place: str) -> None:
     state = make_state(tmp_path, ema_decay=0.9)
     run(state, make_batches(1, size=1))
     state.state_dict()
@@ -398,7 +398,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_scale_outlives_a_resume(tmp_
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
-def test_a_first_step_that_fp16_skips_leaves_no_trace(tmp_path: Path, opt: str) -> None:
+def test_a_first_step_that_fp16_skips_changes_nothing(tmp_path: Path, opt: str) -> None:
     options: dict[str, Any] = {"ema_decay": 0.9, "opt": opt, "from_scratch": True}
     state, batches = make_state(tmp_path, scale=2.0**40, **options), make_batches(2, size=1)
     before = everything_of(state)
@@ -427,7 +427,7 @@ def test_fp16_stops_where_no_scale_helps(tmp_path: Path) -> None:
         epoch(state, batches, amp_dtype=torch.float16)
 
 
-def test_a_micro_batch_of_weight_0_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_micro_batch_of_weight_0_changes_nothing(tmp_path: Path) -> None:
     batches, states = make_batches(2, size=2), []
     for count in (1, 2):
         states.append(make_state(tmp_path, from_scratch=True, ema_decay=0.9))
@@ -503,7 +503,7 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_a_process_of_weight_0_leaves_no_trace_in_statistics_over_all_processes(
+def test_a_process_of_weight_0_does_not_change_synchronised_statistics(
     tmp_path: Path,
 ) -> None:
     for world_size in (1, 2):

@@ -93,7 +93,9 @@ def evaluate(
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_losses_change_neither_the_model_nor_what_it_finds(name: str, data: CocoDetection) -> None:
+def test_validation_losses_change_neither_the_model_nor_its_detections(
+    name: str, data: CocoDetection
+) -> None:
     model = build(data, name)
     plain = evaluate(model, data)
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -150,7 +152,7 @@ def test_the_loss_is_the_mean_of_torchvisions_training_losses(data: CocoDetectio
 
 
 @pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "retinanet_resnet18_fpn"])
-def test_training_goes_on_after_losses_were_taken(name: str, data: CocoDetection) -> None:
+def test_training_continues_after_validation_losses(name: str, data: CocoDetection) -> None:
     # Anchors are kept from one pass to the next: a loss may need them on its way back.
     model = build(data, name)
     evaluate(model, data, with_losses=True)
@@ -181,7 +183,7 @@ def test_images_left_out_or_seen_twice_are_refused(
         engine.evaluate(build(data), change(batches), evaluator, CPU)
 
 
-def test_a_model_that_finds_no_numbers_is_refused(data: CocoDetection) -> None:
+def test_detections_of_nan_are_refused(data: CocoDetection) -> None:
     model = build(data)
     nn.init.constant_(model.head.regression_head.bbox_reg.bias, float("nan"))
     with pytest.raises(UserError, match=r"found on 7 images are not finite \(image ids \["):
@@ -211,7 +213,7 @@ def test_order_changes_no_bit_and_batch_size_no_more_than_rounding(
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_post_processing_is_the_users_choice_and_torchvisions_by_default(
+def test_post_processing_is_torchvisions_by_default_and_can_be_set(
     name: str, data: CocoDetection
 ) -> None:
     default = build_model(name, data.label_map, **DETECTORS[name])
@@ -457,7 +459,7 @@ def test_auto_without_a_folder_is_that_of_the_model(
 
 
 @pytest.mark.parametrize("content", [{}, {"step": 3}, {"model": {}}], ids=["empty", "step", "none"])
-def test_nothing_is_evaluated_whose_weights_were_not_loaded(
+def test_weights_that_were_not_loaded_are_not_evaluated(
     content: dict[str, Any], data: CocoDetection, tmp_path: Path, test_only: Test
 ) -> None:
     torch.save(content, tmp_path / "c.pth")
@@ -479,7 +481,7 @@ def test_of_resume_and_weights_the_checkpoint_is_evaluated(
     assert len(found) and np.array_equal(found[:, :6], evaluate(model, data).detections[:, :6])
 
 
-def test_a_test_leaves_the_runs_own_files_alone(
+def test_only_changes_no_file_of_the_run(
     data: CocoDetection, tmp_path: Path, test_only: Test
 ) -> None:
     folder, place = tmp_path / "run", tmp_path / "run" / "eval" / "test"

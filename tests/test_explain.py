@@ -48,7 +48,9 @@ def scene() -> method.Scene:
 
 
 @pytest.mark.parametrize("language", explain.PAGES)
-def test_the_page_says_what_the_code_says(pages: dict[str, str], language: str) -> None:
+def test_the_page_has_the_numbers_and_code_of_this_project(
+    pages: dict[str, str], language: str
+) -> None:
     # After a change of the code: `make docs`, and read whether the sentences are still true.
     assert explain.fill(pages[language], language) == pages[language]
 
@@ -81,7 +83,9 @@ def test_a_wrong_number_and_a_wrong_line_of_code_are_found(pages: dict[str, str]
 
 
 @pytest.mark.parametrize("language", explain.PAGES)
-def test_pictures_have_texts_and_links_lead_somewhere(pages: dict[str, str], language: str) -> None:
+def test_pictures_have_alternative_texts_and_links_have_targets(
+    pages: dict[str, str], language: str
+) -> None:
     pictures = re.findall(r"!\[(.*?)\]\((.+?)\)", pages[language])
     assert len(pictures) == 9
     for text, path in pictures:
@@ -234,7 +238,7 @@ def test_the_sum_of_anchors_is_the_one_of_torchvision() -> None:
     assert found["cls_logits"][1] == 9 * sum(cells) == 182_403
 
 
-def test_parts_add_up_to_the_whole() -> None:
+def test_the_parts_of_the_loss_add_up_to_the_whole() -> None:
     model, _, operations = facts.network()
     rows = facts.parts()
     assert sum(row[5] for row in rows) == sum(p.numel() for p in model.parameters()) == 34_014_999
@@ -299,7 +303,7 @@ def test_stages_end_with_the_models_own_detections() -> None:
 
 
 @pytest.mark.parametrize("step", visualize.STEPS)
-def test_each_step_is_drawn_on_ones_own_image(
+def test_each_step_is_drawn_on_an_image_of_the_user(
     step: str, tiny_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = next((tiny_shapes / "train2017").iterdir())

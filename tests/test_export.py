@@ -68,7 +68,7 @@ def test_another_model_does_not_pass_the_check(
         export.compare(export.OneImage(detector).eval(), exported[0], images_of_sizes((48, 64)))
 
 
-def test_a_check_without_objects_proves_nothing(
+def test_a_check_without_objects_is_refused(
     trained: Path,
     tmp_path: Path,
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_check_without_objects_proves_nothing(
         export.compare(model, tmp_path / "m.onnx", images_of_sizes((48, 64)))
 
 
-def test_without_images_to_check_on_it_says_so() -> None:
+def test_without_images_the_export_reports_that_nothing_was_checked() -> None:
     with pytest.raises(UserError, match="--check"):
         export.images_to_check([], None)
 

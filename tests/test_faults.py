@@ -263,7 +263,7 @@ def test_22_a_closed_terminal_stops_a_run_as_sigterm_does(
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_goes_on(
+def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_can_resume(
     ranks: int, make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     # The step takes 20 s more, during which nobody asks whether to stop.
@@ -375,7 +375,7 @@ def damage_and_resume(runs: Runs, damages: list[str], expected: dict[str, str]) 
 @pytest.mark.parametrize(
     "damages", [pytest.param(["bit"], marks=smoke), list(DAMAGES)], ids=["bit", "all"]
 )
-def test_9_damage_falls_back_loudly(
+def test_9_damage_is_logged_and_the_checkpoint_before_is_used(
     damages: list[str], make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     flags = ("--accumulate-steps", "2")
@@ -484,7 +484,7 @@ def test_10_files_larger_than_the_system_allows(make_runs: MakeRuns) -> None:
 # --- 11, 12, 13: launcher killed, rank stopped, loss not finite -----------------------------------
 
 
-def test_11_nobody_outlives_a_killed_launcher(make_runs: MakeRuns, baseline: Baseline) -> None:
+def test_11_no_process_outlives_a_killed_launcher(make_runs: MakeRuns, baseline: Baseline) -> None:
     runs = make_runs()
     for at in ("start", "joined", "step:2", "eval:1"):
         runs.run(ranks=2, check=False, faults=[{"at": at, "do": "SIGKILL", "to": "launcher"}])
@@ -603,7 +603,7 @@ def test_15_a_killed_worker_ends_all_ranks_and_the_run_continues(
 # --- 16, 17: old checkpoints, records -------------------------------------------------------------
 
 
-def test_16_a_kill_while_pruning_leaves_nothing_behind(
+def test_16_a_kill_while_pruning_leaves_no_lone_files(
     make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     flags = (*ALONE, "--epochs", "3")
@@ -636,7 +636,7 @@ def test_17_lines_of_the_log_cover_steps_on_both_sides_of_a_stop(make_runs: Make
 # --- 18, 19, 20, 21: what is refused --------------------------------------------------------------
 
 
-def test_18_a_run_continues_only_as_itself(
+def test_18_a_resume_with_other_settings_is_refused(
     make_runs: MakeRuns, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     runs = make_runs(*ALONE)
@@ -672,7 +672,9 @@ def test_18_a_run_continues_only_as_itself(
 
 @smoke
 @pytest.mark.parametrize("way", ["auto", "path", "weights"])
-def test_19_malice_is_refused_and_does_nothing(way: str, make_runs: MakeRuns) -> None:
+def test_19_a_malicious_checkpoint_is_refused_and_runs_nothing(
+    way: str, make_runs: MakeRuns
+) -> None:
     runs = make_runs(*ALONE)
     canary, path = runs.place / "canary", runs.place / "evil.pth"
     if way == "auto":
@@ -727,7 +729,7 @@ def test_21_two_runs_do_not_share_a_folder(make_runs: MakeRuns, baseline: Baseli
     assert_same(runs.gate(), baseline(2))
 
 
-def test_the_gate_sees_a_single_bit(make_runs: MakeRuns) -> None:
+def test_the_comparison_of_runs_detects_a_single_bit(make_runs: MakeRuns) -> None:
     runs = make_runs(*ALONE, "--epochs", "1", "--eval-every", "0")
     runs.run()
     expected = runs.gate()

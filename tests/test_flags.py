@@ -74,7 +74,7 @@ def test_a_command_of_the_docs_is_accepted_as_written(
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/data.md"])
-def test_a_command_for_own_data_has_weights_or_adamw_with_clipping(page: str) -> None:
+def test_a_command_for_user_data_has_weights_or_adamw_with_clipping(page: str) -> None:
     text = (ROOT / page).read_text().replace("\\\n", " ")
     found = [
         train_script.build_parser().parse_args(shlex.split(line)[2:])
@@ -139,7 +139,7 @@ def test_the_sixth_layer_is_for_mobilenet() -> None:
 
 
 @given(st.integers(-(2**70), 2**70), st.floats())
-def test_ranges_are_what_they_say(whole: int, number: float) -> None:
+def test_ranges_accept_and_refuse_what_they_state(whole: int, number: float) -> None:
     for parse, value, is_in in (
         (positive(int), whole, 0 < whole < 2**31),
         (non_negative(int, at_most=9), whole, 0 <= whole <= 9),
@@ -185,7 +185,7 @@ def test_every_flag_is_read() -> None:
     assert flags <= read, flags - read
 
 
-def test_a_resume_compares_what_has_a_say_in_the_numbers() -> None:
+def test_a_resume_compares_each_flag_that_affects_the_numbers() -> None:
     parser = train_script.build_parser()
     assert set(parser.on_resume) == set(vars(train_script.parse_args([])))
     of = {
@@ -207,7 +207,7 @@ def test_help_can_be_read_line_by_line() -> None:
         assert all(action.help and len(action.help) > 5 for action in group)
 
 
-def test_a_checkpoint_takes_the_place_of_defaults() -> None:
+def test_a_checkpoint_replaces_the_defaults() -> None:
     parser = ArgumentParser("test")
     add = parser.group("a", on_resume=REFUSE)
     add("--folder", type=Path, remember=True)

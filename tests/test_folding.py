@@ -114,7 +114,7 @@ def test_under_autocast_activations_stay_half_as_wide() -> None:
     assert seen == {"plain": {torch.float32}, "folded": {torch.bfloat16}}
 
 
-def test_what_is_not_in_order_is_left_alone() -> None:
+def test_other_layer_orders_are_not_folded() -> None:
     class Parallel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -130,7 +130,7 @@ def test_what_is_not_in_order_is_left_alone() -> None:
         assert [type(module) for module in model.modules()] == before
 
 
-def test_what_is_frozen_is_computed_once_and_again_after_each_change() -> None:
+def test_folded_weights_are_computed_once_and_after_each_change() -> None:
     plain, folded = both("resnet18")
     x = torch.randn(1, 3, 64, 96)
 

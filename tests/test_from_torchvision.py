@@ -50,11 +50,11 @@ def table() -> dict[str, str]:
     return rows
 
 
-def test_the_table_has_every_flag_of_theirs_once() -> None:
+def test_the_table_has_every_flag_of_torchvision_once() -> None:
     assert sorted(table()) == sorted(THEIRS)
 
 
-def test_a_flag_that_is_called_the_same_is_in_the_parser_and_no_other_is() -> None:
+def test_flags_of_the_same_name_are_in_the_parser_and_no_others() -> None:
     ours = {
         flag for action in train_script.build_parser()._actions for flag in action.option_strings
     }
@@ -65,7 +65,7 @@ def test_a_flag_that_is_called_the_same_is_in_the_parser_and_no_other_is() -> No
     assert Counter(table().values())["the same"] > 20
 
 
-def test_their_command_lines_mean_the_same_here() -> None:
+def test_torchvisions_command_lines_mean_the_same_here() -> None:
     lines = re.findall(r"^    (?:torchrun \S+|python) train\.py ((?:.*\\\n)*.*)", PAGE, re.M)
     parse = train_script.build_parser().parse_args
     flags, *others = (parse(shlex.split(line.replace("\\\n", " "))) for line in lines)
@@ -112,7 +112,7 @@ def of_theirs(
     return plain
 
 
-def test_theirs_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
+def test_a_torchvision_checkpoint_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
     of_theirs(tmp_path / "model_0.pth", data_path=str(tiny_shapes))
     # --min-size is not theirs to remember; data and model are.
     small = ("--min-size", "64", "--max-size", "64", "--device", "cpu", "--workers", "0")
@@ -125,7 +125,7 @@ def test_theirs_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "opt, norm_wd", [pytest.param("sgd", None, marks=pytest.mark.slow), ("adamw", 0.0)]
 )
-def test_theirs_is_continued_with_weights_and_optimizer(
+def test_a_torchvision_checkpoint_is_resumed_with_weights_and_optimizer(
     train: Train, tmp_path: Path, opt: str, norm_wd: float | None
 ) -> None:
     plain = of_theirs(tmp_path / "model_3.pth", opt=opt, norm_wd=norm_wd, epoch=3)
@@ -153,7 +153,7 @@ def test_theirs_is_continued_with_weights_and_optimizer(
         assert decays == [0.05, 0.0]
 
 
-def test_theirs_with_other_settings_is_refused_and_what_is_no_run_said(tmp_path: Path) -> None:
+def test_a_torchvision_checkpoint_of_other_settings_or_no_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model_3.pth"
     of_theirs(path, batch_size=4, amp=True)
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
@@ -166,7 +166,7 @@ def test_theirs_with_other_settings_is_refused_and_what_is_no_run_said(tmp_path:
     assert resuming.from_torchvision(own, now, 8, path) is own
 
 
-def test_theirs_gives_weights_and_a_backbone(tmp_path: Path) -> None:
+def test_a_torchvision_checkpoint_gives_weights_and_a_backbone(tmp_path: Path) -> None:
     plain = of_theirs(tmp_path / "model_0.pth")
     weights = read_weights(str(tmp_path / "model_0.pth"), "--weights")
     assert weights.settings is not None and weights.settings["opt"] == "sgd"
@@ -184,7 +184,7 @@ class Canary(argparse.Namespace):
 
 
 @pytest.mark.parametrize("where", ["args", "inside"])
-def test_only_a_plain_namespace_is_taken(
+def test_only_a_plain_namespace_is_loaded(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -200,7 +200,7 @@ def test_only_a_plain_namespace_is_taken(
 
 
 @pytest.mark.slow
-def test_ours_loads_there(train: Train, tmp_path: Path) -> None:
+def test_our_checkpoint_loads_in_torchvision(train: Train, tmp_path: Path) -> None:
     train("--epochs", "2", "--eval-every", "0", "--output-dir", tmp_path / "run", "--opt", "sgd")
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     script = script.replace("runs/coco/checkpoint.pth", str(tmp_path / "run" / "checkpoint.pth"))

@@ -314,7 +314,7 @@ def test_batches_are_channels_last() -> None:
     assert images.tensors.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_images_keep_their_size_in_training_alone_if_so_told() -> None:
+def test_images_keep_their_size_only_in_training_if_resizing_is_off() -> None:
     base, ours = transforms(resize_in_training=False, min_size=32, max_size=64)
     image, target = torch.rand(3, 100, 70), {"boxes": torch.tensor([[1.0, 2.0, 30.0, 40.0]])}
     images, targets = ours.train()([image], [target])
@@ -442,7 +442,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> str:
     return text
 
 
-def test_the_log_says_what_a_backbone_takes_from_a_file_and_what_not(
+def test_the_log_lists_what_a_backbone_loads_from_a_file_and_what_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "retinanet")
@@ -773,7 +773,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--weights-backbone", "ResNet50_Weights.IMAGENET1K_V1", "resnet50-0676ba61.pth"),
     ],
 )
-def test_weights_that_cannot_be_had_are_named_with_their_place(
+def test_weights_that_cannot_be_downloaded_are_named_with_their_path(
     cache: Path, flag: str, source: str, file: str
 ) -> None:
     key = flag.removeprefix("--").replace("-", "_")
@@ -790,7 +790,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_place(
     assert weights.published is models.get_weight(source)
 
 
-def test_a_server_that_refuses_is_reported_alike(
+def test_a_server_that_refuses_is_reported_in_the_same_way(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:

@@ -81,7 +81,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path, larg
         assert 0.05 < norm < largest  # the gradient as it was
 
 
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path: Path) -> None:
+def test_frozen_weights_stay_to_the_bit_and_others_change(tmp_path: Path) -> None:
     state = make_state(tmp_path)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
     engine.train_one_epoch(

@@ -55,7 +55,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_command_says_first_that_windows_will_not_do() -> None:
+def test_every_command_refuses_windows_first() -> None:
     done = run_python(WINDOWS.format(names=COMMANDS, root=str(ROOT)))
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()

@@ -65,7 +65,7 @@ def test_results_are_those_of_the_model_called_by_hand(
     assert pictures == {"a.jpg.jpg", "a.png.jpg", "sub/a.jpg"}
 
 
-def test_an_image_that_cannot_be_read_is_said_and_the_rest_goes_on(
+def test_an_unreadable_image_is_reported_and_the_others_are_predicted(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "b.jpg").write_bytes((images / "a.jpg").read_bytes()[:300])
@@ -81,7 +81,7 @@ def test_an_image_that_cannot_be_read_is_said_and_the_rest_goes_on(
     assert len(list((out / "pictures").rglob("*.jpg"))) == 3
 
 
-def test_odd_files_cost_no_other_image_its_results(
+def test_odd_files_do_not_affect_other_images(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(images / "pipe.jpg")  # opened, it would wait until somebody writes to it
@@ -140,7 +140,7 @@ def test_a_decoder_that_crashes_costs_only_its_file(
     assert "in 7 images" in printed.out
 
 
-def test_what_was_found_is_written_when_prediction_is_interrupted(
+def test_detections_so_far_are_written_on_an_interrupt(
     trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = predict.write_picture
@@ -203,7 +203,9 @@ def test_an_image_is_seen_as_exif_turns_it(trained: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["checkpoint", "weights"])
-def test_what_is_no_detector_is_refused(content: str, trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_no_detector_is_refused(
+    content: str, trained: Path, tmp_path: Path
+) -> None:
     if content == "checkpoint":
         source = tmp_path / "plain.pth"
         torch.save(checkpoint.load(trained)["model"], source)

@@ -218,7 +218,7 @@ def test_a_policy_changes_the_image_and_depends_on_torchs_random_numbers_alone(p
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_goes_in_is_left_as_it_was(policy: str) -> None:
+def test_the_input_is_unchanged(policy: str) -> None:
     image, target = draw_channels(1)
     pixels, boxes, labels = image.clone(), target["boxes"].clone(), target["labels"].clone()
     for seed in range(5):
@@ -329,7 +329,7 @@ def test_lsj_pads_below_and_on_one_side_alone() -> None:
     assert padded > 3 and mirrored > 1
 
 
-def test_lsj_says_that_it_makes_one_size() -> None:
+def test_lsj_is_listed_as_a_policy_of_one_size() -> None:
     assert "lsj" in presets.FIXED_SIZE and "lsj" in RESIZING
 
 

@@ -82,7 +82,7 @@ def test_a_terminal_has_a_bar_in_place_of_the_lines(on_a_terminal: tuple[Path, s
     assert "AP" in text and "AP" in log  # all else is in both
 
 
-def test_the_start_says_what_will_run(on_a_terminal: tuple[Path, str]) -> None:
+def test_the_log_starts_with_the_setup(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal
     about = json.loads((folder / "args.json").read_text())["summary"]
     for name, value in about.items():
@@ -152,7 +152,7 @@ def test_time_left_is_that_of_the_images_left() -> None:
         ("adamw", 0.01, 16, False, "would be 0.0001"),
     ],
 )
-def test_a_rate_that_does_not_fit_the_batch_is_said(
+def test_a_rate_that_does_not_fit_the_batch_is_warned_of(
     opt: str, lr: float, batch: int, is_from_detector: bool, expected: str | None
 ) -> None:
     found = rate_warnings(opt, lr, batch, is_from_detector)
@@ -174,7 +174,7 @@ def test_sgd_from_scratch_without_clipping_is_warned_of_at_any_batch_size(
     assert scratch_warnings("sgd", True, 1.0) == []
 
 
-def test_the_start_says_which_weights_are_loaded(on_a_terminal: tuple[Path, str]) -> None:
+def test_the_setup_names_the_weights(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal  # SGD from scratch
     assert re.search(r"  weights +none: everything random", text)
     assert text.count("warning: everything is random and sgd does not clip") == 1
@@ -184,7 +184,7 @@ def test_the_start_says_which_weights_are_loaded(on_a_terminal: tuple[Path, str]
     assert describe_weights(None, "b.pth", 7) == f"of step 7; at the start {backbone}"
 
 
-def test_more_workers_than_cores_are_said() -> None:
+def test_more_workers_than_cores_are_warned_of() -> None:
     assert worker_warnings(4, 8, 32) == []
     (warning,) = worker_warnings(4, 8, 16)
     assert "--workers 2 " in warning
@@ -192,7 +192,7 @@ def test_more_workers_than_cores_are_said() -> None:
     assert "--workers 1 " in warning
 
 
-def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
+def test_waiting_for_data_is_warned_of_with_a_number_of_workers() -> None:
     assert waiting_warnings(0.2, 4) == []
     (warning,) = waiting_warnings(0.5, 4)
     assert "50%" in warning and "--workers at least 8 " in warning
@@ -200,14 +200,14 @@ def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
     assert "--workers as many as there are cores" in warning
 
 
-def test_slow_precision_is_said() -> None:
+def test_slow_precision_is_warned_of() -> None:
     (warning,) = precision_warnings("fp16", torch.device("cpu"))
     assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
     assert precision_warnings("bf16", torch.device("cpu")) == []
     assert precision_warnings("fp16", torch.device("cuda")) == []
 
 
-def test_too_little_shared_memory_is_said_with_what_to_do() -> None:
+def test_too_little_shared_memory_is_warned_of_with_the_fix() -> None:
     assert shared_memory_warnings(4, 8, 1_000_000, 96_000_000) == []
     assert shared_memory_warnings(0, 8, 1_000_000, 0) == []
     (warning,) = shared_memory_warnings(4, 8, 1_000_000, 64_000_000)

@@ -167,7 +167,7 @@ MEASURED = {"shapes": "make demo", "bccd": "recipes/bccd.sh"}  # its command in 
 
 
 @pytest.mark.parametrize("name", [path.stem for path in SCRIPTS if path.stem != "two_nodes"])
-def test_a_recipe_says_what_it_should_reach_and_who_measured_that(name: str) -> None:
+def test_a_recipe_states_its_ap_and_who_measured_it(name: str) -> None:
     comment = (ROOT / "recipes" / f"{name}.sh").read_text().split("set -euo")[0]
     results = (ROOT / "docs" / "results.md").read_text()
     if name in MEASURED:

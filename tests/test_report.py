@@ -175,7 +175,9 @@ def test_pictures_are_of_the_data_that_was_evaluated(
         report.draw(tmp_path / "one")
 
 
-def test_what_tools_score_wrote_is_drawn_without_images(truth: Annotations, tmp_path: Path) -> None:
+def test_the_output_of_tools_score_is_drawn_without_images(
+    truth: Annotations, tmp_path: Path
+) -> None:
     write(tmp_path / "scored", truth, None, detect(truth, 4))
     lines = report.draw(tmp_path / "scored")
     assert lines[-1].strip().startswith("no images")
@@ -236,7 +238,7 @@ def test_a_folder_with_only_a_test_evaluation_is_drawn_as_one(
     assert f"{TITLE}, drawn into {place}:" in report.draw(place)  # it may also be named itself
 
 
-def test_what_lies_in_the_root_of_a_run_is_not_taken_for_its_evaluation(
+def test_files_in_the_root_of_a_run_are_not_its_evaluation(
     truth: Annotations, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "run", truth, tiny_shapes / "train2017")
@@ -344,7 +346,7 @@ def texts_of(figure: Figure) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 8, 30, 91])
-def test_no_text_of_a_figure_lies_on_another_or_off_the_page(
+def test_no_text_of_a_figure_overlaps_another_or_leaves_the_page(
     num_classes: int, tmp_path: Path
 ) -> None:
     for name, figure in figures(generated(tmp_path, num_classes)).items():
@@ -363,7 +365,7 @@ def test_no_text_of_a_figure_lies_on_another_or_off_the_page(
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 91])
-def test_many_classes_are_cut_down_and_that_is_said(num_classes: int, tmp_path: Path) -> None:
+def test_many_classes_are_cut_and_the_title_states_it(num_classes: int, tmp_path: Path) -> None:
     drawn = figures(generated(tmp_path, num_classes))
     overall, of_class, f1_axes = drawn["curves"].axes
     assert len(overall.lines) == 3

@@ -1,4 +1,4 @@
-"""What rank 0 writes fails on every process or on none: python -m pytest tests/test_run_folder.py."""
+"""A write of rank 0 that fails, fails on every process: pytest tests/test_run_folder.py."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def test_a_write_that_fails_on_rank_0_raises_the_same_error_on_all(tmp_path: Pat
         assert not list((tmp_path / name).glob("*.tmp"))
 
 
-def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
+def test_the_setup_has_the_disk_use_and_warns_if_it_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = make_run(tmp_path)
@@ -110,7 +110,7 @@ def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_pat
     assert found == tmp_path / checkpoint.NEWEST
 
 
-def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
+def test_a_resume_on_other_data_names_the_difference_without_hashes(tmp_path: Path) -> None:
     def read(number: int) -> coco_arrays.Annotations:
         document = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],

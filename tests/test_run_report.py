@@ -219,7 +219,7 @@ def test_a_browser_shows_all_of_it_at_any_width(
         assert abs(brightness(found["ink"]) - brightness(found["background"])) > 150
 
 
-def test_the_browser_would_see_what_is_wrong(
+def test_the_browser_check_detects_a_broken_page(
     page: Path, tmp_path: Path, browse: Callable[..., Any]
 ) -> None:
     wrong = tmp_path / "wrong.html"

@@ -15,7 +15,6 @@ from typing import Any
 import hotcoco
 import numpy as np
 import pytest
-from helpers import run_script
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -194,7 +193,7 @@ def test_a_wrong_file_is_refused_with_what_is_wrong(
 
 
 @pytest.mark.parametrize("content", [b"", b"[{", b"\xff\xfe", b"[" * 100_000], ids=repr)
-def test_a_broken_file_is_said_to_be_no_json(
+def test_a_broken_file_is_refused_as_no_json(
     content: bytes, files: tuple[Path, Path, Path]
 ) -> None:
     files[1].write_bytes(content)
@@ -235,7 +234,7 @@ def hotcoco_ap(truth: dict[str, Any], found: list[dict[str, Any]]) -> float:
     return float(evaluation.stats[0])
 
 
-def test_the_difference_stands_in_its_paired_bootstrap_interval(
+def test_the_difference_is_in_its_paired_bootstrap_interval(
     files: tuple[Path, Path, Path],
 ) -> None:
     truth, first, other = (json.loads(path.read_text()) for path in files)
@@ -283,9 +282,12 @@ def _resampled(
     return [(drawn, renamed(entries)) for entries in found]
 
 
-def test_a_file_compared_with_itself_differs_by_nothing(files: tuple[Path, Path, Path]) -> None:
+def test_a_file_compared_with_itself_differs_by_nothing(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--compare", files[1], "--resamples", "50", "--seed", "7")
-    done = run_script("-m", "tools.score", *files[:2], *flags)
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("AP ")]
+    main([*map(str, (*files[:2], *flags))])
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines() if line.startswith("AP ")]
     assert lines[0][3:] == ["+0.0000", "+0.0000", "to", "+0.0000"]
-    assert "50 resamples, seed 7" in done.stdout
+    assert "50 resamples, seed 7" in printed

@@ -28,7 +28,7 @@ TOOLS = sorted(
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_a_tool_that_is_run_as_a_file_says_how_to_run_it(name: str) -> None:
+def test_a_tool_that_is_run_as_a_file_prints_how_to_run_it(name: str) -> None:
     command = [sys.executable, ROOT / "tools" / f"{name}.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
