@@ -62,8 +62,12 @@ class Progress:
         logger.info("  ".join(f"{k} {v}" for k, v in shown.items()), extra={"is_on_bar": True})
         if self.bar is not None:
             names = {
-                **{"loss": "loss", "lr": "lr", "images_per_second": "img/s"},
-                **{"data_time_share": "data", "memory_mb": "MB", "run_left": "run left"},
+                "loss": "loss",
+                "lr": "lr",
+                "images_per_second": "img/s",
+                "data_time_share": "data",
+                "memory_mb": "MB",
+                "run_left": "run left",
             }
             figures = {short_name: shown[name] for name, short_name in names.items()}
             self.bar.set_postfix(figures, refresh=False)

@@ -136,10 +136,15 @@ def from_torchvision(
     epoch = saved["epoch"] + 1
     logger.info("%s comes from torchvision's scripts: resuming at epoch %d", source, epoch)
     return {
-        **{"model": saved["model"], "ema": None, "scaler": saved.get("scaler", {})},
+        "model": saved["model"],
+        "ema": None,
+        "scaler": saved.get("scaler", {}),
         "optimizer": saved["optimizer"] | {"param_groups": groups},
-        **{"epoch": epoch, "step": epoch * steps_per_epoch, "position": 0},
-        **{"window": {}, "best": None},
+        "epoch": epoch,
+        "step": epoch * steps_per_epoch,
+        "position": 0,
+        "window": {},
+        "best": None,
         "args": {name: theirs.get(name, value) for name, value in now.items()},
     }
 

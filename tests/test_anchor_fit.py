@@ -52,9 +52,9 @@ def test_the_best_iou_is_that_of_all_anchors_together(
     expected = box_iou(
         torch.from_numpy(corners), all_anchors(generator, height, width).double()
     ).amax(dim=1)
-    found = anchor_fit.best_ious(boxes, generator)
-    assert found == pytest.approx(expected.numpy(), abs=1e-9)
-    assert found.min() < 0.5 < found.max()  # both kinds of boxes are among them
+    ious = anchor_fit.best_ious(boxes, generator)
+    assert ious == pytest.approx(expected.numpy(), abs=1e-9)
+    assert ious.min() < 0.5 < ious.max()  # both kinds of boxes are among them
 
 
 def test_boxes_are_where_the_model_puts_them(bccd: Path) -> None:
@@ -66,9 +66,9 @@ def test_boxes_are_where_the_model_puts_them(bccd: Path) -> None:
     raw = torch.from_numpy(coco_arrays.to_xyxy(annotations.boxes_xywh[start:end]))
     image = torch.zeros(3, *annotations.sizes[5].tolist())
     batch, (target,) = model.transform([image], [{"boxes": raw, "labels": torch.ones(len(raw))}])
-    place = slice(int(start), int(end))
+    rows = slice(int(start), int(end))
     assert not annotations.iscrowd[: int(end)].any() and len(raw) > 3
-    assert boxes.xyxy[place] == pytest.approx(target["boxes"].numpy(), abs=1e-3)
+    assert boxes.xyxy[rows] == pytest.approx(target["boxes"].numpy(), abs=1e-3)
     assert boxes.padded[int(start)].tolist() == list(batch.tensors.shape[-2:])
 
 

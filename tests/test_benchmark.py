@@ -1,4 +1,4 @@
-"""Every subcommand of tools.benchmark runs, compares like with like, and counts what it says.
+"""Every subcommand of tools.benchmark runs, compares the same work, and counts what it reports.
 
 python -m pytest tests/test_benchmark.py
 """

@@ -58,8 +58,8 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     files["patched.jpg"] = corrupt(encoded(PICTURE, format="JPEG", quality=95))
     files["stray.jpg"] = JPEG[:20] + b"\x01\x02\x03\x04" + JPEG[20:]  # between two segments
     restarts = encoded(PICTURE, format="JPEG", quality=95, restart_marker_rows=1)
-    place = restarts.index(b"\xff\xd1")  # the decoder has all its rows before it sees these bytes
-    files["lost.jpg"] = restarts[:place] + b"\x55" * 20 + restarts[place:]
+    marker = restarts.index(b"\xff\xd1")  # the decoder has all its rows before it sees these bytes
+    files["lost.jpg"] = restarts[:marker] + b"\x55" * 20 + restarts[marker:]
     files["alpha.png"] = encoded(with_alpha(PICTURE), format="PNG")
     files["alpha.webp"] = encoded(with_alpha(PICTURE), format="WEBP")
     files["slow.gif"] = encoded(PICTURE, format="GIF")
@@ -71,7 +71,7 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     (root / "train2017" / "missing.jpg").unlink()
     (root / "train2017" / "link.jpg").unlink()
     (root / "train2017" / "link.jpg").symlink_to(root / "val2017" / "link.jpg")
-    found = findings(root)
+    by_rule = findings(root)
 
     expected: dict[str, list[str]] = {}
     names = list(files)
@@ -83,12 +83,12 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     expected["image files missing"] = ["missing.jpg"]
     expected["image files in a slow format"] = ["slow.gif"]
     expected["image files turned by EXIF, which their size cannot confirm"] = ["upside_down.jpg"]
-    assert set(found) == set(expected)
+    assert set(by_rule) == set(expected)
     for rule, cases in expected.items():
-        assert found[rule].count == len(cases), rule
-        for case, text in zip(cases, found[rule].cases, strict=False):
+        assert by_rule[rule].count == len(cases), rule
+        for case, text in zip(cases, by_rule[rule].cases, strict=False):
             assert text.startswith(f"{100 + names.index(case)} {case!r}"), rule
-    warned = {rule for rule, finding in found.items() if finding.severity == "warning"}
+    warned = {rule for rule, finding in by_rule.items() if finding.severity == "warning"}
     assert warned == {
         "image files with stray bytes",
         "image files with an alpha channel",
@@ -97,7 +97,7 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     }
     rules = {rule for rule in coco_rules.RULES if "image files" in rule}
     # That one is in test_coco_utils.
-    assert rules - set(found) == {"image files that cannot be read"}
+    assert rules - set(by_rule) == {"image files that cannot be read"}
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None
     document["images"][1]["file_name"] = "../../etc/passwd"
     cut = encoded(PICTURE.resize((100, 80)), format="JPEG")[:-9]
     files = {"a.jpg": cut, "ü.png": b""}
-    found = findings(make_folder(tmp_path / "data", files, document))
+    by_rule = findings(make_folder(tmp_path / "data", files, document))
     assert {
         "annotations of an unknown category_id",
         "file_name not below the image folder",
         DAMAGED,
-    } <= set(found)
+    } <= set(by_rule)
 
 
 def _die(*_: Any) -> None:

@@ -70,7 +70,7 @@ def sha256sum(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """What the project's logger says, whatever other tests made of its handlers."""
+    """The warnings of the project's logger, independent of its handlers."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -816,10 +816,10 @@ def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(warnings: list[
 
 
 def test_changed_data_is_named_in_words_and_not_by_its_hash() -> None:
-    told = {"data": lambda: "training data: images 3 → 2"}
+    explained = {"data": lambda: "training data: images 3 → 2"}
     with pytest.raises(UserError, match="training data: images 3 → 2; give the old") as error:
         resuming.check_same_run(
-            {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=told
+            {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=explained
         )
     assert "a" * 64 not in str(error.value) and "b" * 64 not in str(error.value)
 
@@ -841,7 +841,11 @@ def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tu
         "ema": None,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        **{"epoch": 0, "step": 1, "position": 1, "window": {"loss": 1.0}, "best": None},
+        "epoch": 0,
+        "step": 1,
+        "position": 1,
+        "window": {"loss": 1.0},
+        "best": None,
         "args": {"batches_per_step": 1},
         "categories": [{"id": 1, "name": "a", "label": 1}],
     }

@@ -1,4 +1,4 @@
-"""Images and boxes: every legal image gives PIL's pixels, every bad one an error with its id.
+"""Images and boxes: every allowed image gives PIL's pixels, every bad one an error with its id.
 
 python -m pytest tests/test_coco_utils.py
 """
@@ -173,10 +173,10 @@ def test_missing_images_are_found_by_listing(tmp_path: Path) -> None:
     annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
     (tmp_path / "ü.png").touch()
     (tmp_path / "a.jpg").mkdir()  # a folder is no image
-    located, (found,) = locate.locate_images(annotations, tmp_path)
+    located, (finding,) = locate.locate_images(annotations, tmp_path)
     assert located is annotations
-    assert found.cases == (f"10 {tmp_path}/a.jpg", f"20 {tmp_path}/sub/b c.jpg")
-    assert (found.severity, found.what) == ("error", "image files missing")
+    assert finding.cases == (f"10 {tmp_path}/a.jpg", f"20 {tmp_path}/sub/b c.jpg")
+    assert (finding.severity, finding.what) == ("error", "image files missing")
 
 
 def test_error_names_id_file_and_fix(tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_official_classes_keep_their_labels() -> None:
     label_map = coco_utils.label_categories(official)
     assert len(label_map) == 80 and all(c["label"] == c["id"] for c in label_map)
     assert coco_utils.num_classes(label_map) == 91
-    own = coco_utils.label_categories(((0, "x"), (5, "y"), (9, "z")))
-    assert [c["label"] for c in own] == [1, 2, 3] and coco_utils.num_classes(own) == 4
+    others = coco_utils.label_categories(((0, "x"), (5, "y"), (9, "z")))
+    assert [c["label"] for c in others] == [1, 2, 3] and coco_utils.num_classes(others) == 4
 
 
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
@@ -239,10 +239,10 @@ def test_targets_equal_torchvisions(bccd: Path) -> None:
     annotations, _ = coco_json.read_annotations(path)
     label_map = coco_utils.label_categories(annotations.categories)
     ours = coco_utils.CocoDetection(bccd / "val2017", annotations, label_map)
-    place = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
+    number_of = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
     for i in range(0, len(theirs), 9):
         pixels, objects = theirs[i]
-        image, target = ours[0, place[theirs.ids[i]]]
+        image, target = ours[0, number_of[theirs.ids[i]]]
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(pixels))
         boxes = torch.as_tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]

@@ -1,4 +1,4 @@
-"""Proves what a training step does besides its losses: pytest tests/test_engine.py."""
+"""A training step: accumulation, EMA, clipping, fp16, stops: pytest tests/test_engine.py."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Crossings(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["ours", "torch"])
 def test_the_host_never_waits_for_the_ema(kind: str) -> None:
-    with torch.device("meta"):  # in place of a GPU: to copy to it is to wait for it
+    with torch.device("meta"):  # instead of a GPU: a copy to it is a wait
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     ema = make_ema(model, 0.9)
     if kind == "torch":
@@ -221,10 +221,10 @@ def everything_of(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Compare two of `everything_of` to the bit."""
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -479,9 +479,9 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     batches = [([i[:, :1, :1] for i in images], targets) for images, targets in batches]
     if world_size == 1:
         joined = (batches[0][0] + batches[1][0], batches[0][1] + batches[1][1])
-        own, weight = [joined, batches[2]], [1.0, 1.0]
+        shard, weight = [joined, batches[2]], [1.0, 1.0]
     else:
-        own, weight = [batches[rank], batches[2 * (1 - rank)]], [1.0, 1.0, 2.0, 0.0]
+        shard, weight = [batches[rank], batches[2 * (1 - rank)]], [1.0, 1.0, 2.0, 0.0]
     wrapped = DistributedDataParallel(model)  # which takes no SyncBatchNorm on a CPU
     model.norm.__class__, model.norm.process_group = HostSyncBatchNorm, None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -491,7 +491,7 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     engine.train_one_epoch(
         wrapped,
         state,
-        own,
+        shard,
         Processes(torch.device("cpu"), rank, world_size),
         seed=0,
         batches_per_step=world_size,

@@ -1,4 +1,4 @@
-"""What is exported finds what PyTorch finds: pytest tests/test_export.py."""
+"""The exported model detects what PyTorch's does: pytest tests/test_export.py."""
 
 import contextlib
 import io
@@ -50,8 +50,8 @@ def test_the_same_objects_at_any_image_size(
 
 def test_the_file_names_its_classes_and_outputs(exported: tuple[Path, str]) -> None:
     content = onnx.load(str(exported[0]))
-    (about,) = [json.loads(p.value) for p in content.metadata_props if p.key == "categories"]
-    assert about == CAT_AND_DOG
+    (categories,) = [json.loads(p.value) for p in content.metadata_props if p.key == "categories"]
+    assert categories == CAT_AND_DOG
     assert [output.name for output in content.graph.output] == ["boxes", "scores", "labels"]
     sides = content.graph.input[0].type.tensor_type.shape.dim
     assert [side.dim_param or side.dim_value for side in sides] == [3, "height", "width"]

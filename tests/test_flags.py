@@ -76,13 +76,13 @@ def test_a_command_of_the_docs_is_accepted_as_written(
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/data.md"])
 def test_a_command_for_user_data_has_weights_or_adamw_with_clipping(page: str) -> None:
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    found = [
+    commands = [
         train_script.build_parser().parse_args(shlex.split(line)[2:])
         for line in text.splitlines()
         if re.match(r" {4}python train\.py .*--data-path (?!/coco)", line)
     ]
-    assert found
-    for args in found:
+    assert commands
+    for args in commands:
         is_safe = args.opt == "adamw" and args.clip_grad_norm == 1 and args.wd == 0.05
         assert args.weights or args.weights_backbone or args.test_only or is_safe, args
 

@@ -1,4 +1,4 @@
-"""The diffs of docs/forking.md apply and do what they say: pytest tests/test_forking.py."""
+"""The diffs of docs/forking.md apply and have their stated effect: pytest tests/test_forking.py."""
 
 from __future__ import annotations
 

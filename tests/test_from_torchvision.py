@@ -1,4 +1,4 @@
-"""What docs/from_torchvision.md says is so: pytest tests/test_from_torchvision.py.
+"""docs/from_torchvision.md is true: pytest tests/test_from_torchvision.py.
 
 Checkpoints in torchvision's form are made by a plain torchvision model and optimizer.
 """
@@ -104,8 +104,10 @@ def of_theirs(
     known = {"opt": opt, "model": "retinanet_resnet18_fpn", "batch_size": 2, "amp": False}
     known |= {"dataset": "coco", "weights": None, "weights_backbone": None, "lr": 1e-4, "gpu": 0}
     content = {
-        **{"model": plain.state_dict(), "optimizer": optimizer.state_dict()},
-        **{"lr_scheduler": scheduler.state_dict(), "epoch": epoch},
+        "model": plain.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": scheduler.state_dict(),
+        "epoch": epoch,
         "args": argparse.Namespace(**known | flags),
     }
     torch.save(content, path)
@@ -157,13 +159,13 @@ def test_a_torchvision_checkpoint_of_other_settings_or_no_run_is_refused(tmp_pat
     path = tmp_path / "model_3.pth"
     of_theirs(path, batch_size=4, amp=True)
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
-    own = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
+    ours = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
     with pytest.raises(UserError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
-        resuming.check_same_run(own["args"], now, ["lr"], path)
+        resuming.check_same_run(ours["args"], now, ["lr"], path)
     weights = checkpoint.load(path)["model"]
     with pytest.raises(UserError, match="lacks model, optimizer, epoch, args; .*--weights"):
         resuming.from_torchvision(weights, now, 8, path)
-    assert resuming.from_torchvision(own, now, 8, path) is own
+    assert resuming.from_torchvision(ours, now, 8, path) is ours
 
 
 def test_a_torchvision_checkpoint_gives_weights_and_a_backbone(tmp_path: Path) -> None:
@@ -171,9 +173,9 @@ def test_a_torchvision_checkpoint_gives_weights_and_a_backbone(tmp_path: Path) -
     weights = read_weights(str(tmp_path / "model_0.pth"), "--weights")
     assert weights.settings is not None and weights.settings["opt"] == "sgd"
     built = build_model("retinanet_resnet18_fpn", LABEL_MAP, weights_backbone=weights.source)
-    found = built.backbone.body.state_dict()
+    actual = built.backbone.body.state_dict()
     expected = plain.backbone.body.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert all(torch.equal(value, expected[key]) for key, value in actual.items())
 
 
 class Canary(argparse.Namespace):

@@ -191,17 +191,17 @@ def test_several_processes_share_the_batches_of_one(
     case: Case, world_size: int, accumulate: int
 ) -> None:
     per_step = world_size * accumulate
-    alone = sampler(case, per_step=per_step)
+    single = sampler(case, per_step=per_step)
     samplers = [sampler(case, rank, world_size, per_step) for rank in range(world_size)]
     shares = [list(one) for one in samplers]
-    assert interleaved(shares) == list(alone)
+    assert interleaved(shares) == list(single)
     assert [len(share) for share in shares] == [len(one) for one in samplers]
     # The list of an epoch is the plain one, and then its beginning until the last step is full.
     plain = list(sampler(case))
     count = len(plain)
-    assert len(list(alone)) == alone.steps_per_epoch * per_step
-    assert list(alone) == [plain[i % count] for i in range(alone.steps_per_epoch * per_step)]
-    assert 0 <= len(list(alone)) - count < per_step
+    assert len(list(single)) == single.steps_per_epoch * per_step
+    assert list(single) == [plain[i % count] for i in range(single.steps_per_epoch * per_step)]
+    assert 0 <= len(list(single)) - count < per_step
 
 
 @FEW

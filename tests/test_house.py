@@ -176,8 +176,8 @@ def test_no_module_does_work_when_it_is_imported(tmp_path: Path) -> None:
     guilty = tmp_path / "guilty.py"
     guilty.write_text("import torch\nprint('hello')\ntorch.manual_seed(1)\nopen('file', 'w')\n")
     done = imports_do([*names, "guilty"], tmp_path / "said", work, tmp_path)
-    said = done.pop("guilty")
-    assert "hello" in said and "changed: torch.random" in said and "changed: files" in said
+    printed = done.pop("guilty")
+    assert "hello" in printed and "changed: torch.random" in printed and "changed: files" in printed
     assert done == dict.fromkeys(names, "")
 
 
@@ -186,7 +186,7 @@ def test_no_module_does_work_when_it_is_imported(tmp_path: Path) -> None:
 
 def forbidden(source: str) -> list[str]:
     """Return each call in `source` that unpickles, evaluates text, or gives text to a shell."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -204,8 +204,8 @@ def forbidden(source: str) -> list[str]:
             or (name.endswith("get_state_dict") and "weights_only" not in arguments)
         )
         if is_bad:
-            found.append(f"line {node.lineno}: {ast.unparse(node)}")
-    return found
+            calls.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return calls
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -142,9 +142,9 @@ def test_scale_lr_is_linear_in_the_images_of_a_step(
         processes=processes,
     )
     images = processes * batch * accumulated
-    about = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert about["global_batch"] == images
-    assert about["effective_lr"] == pytest.approx(1e-3 * images / 16)
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["global_batch"] == images
+    assert record["effective_lr"] == pytest.approx(1e-3 * images / 16)
     saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert saved["lr_scheduler"]["base_lrs"] == [pytest.approx(1e-3 * images / 16)]
 

@@ -58,9 +58,9 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_every_command_refuses_windows_first() -> None:
     done = run_python(WINDOWS.format(names=COMMANDS, root=str(ROOT)))
     assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
-    assert [line.split()[0] for line in said] == list(COMMANDS)
-    for line in said:
+    lines = done.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    for line in lines:
         assert "needs Linux, macOS or WSL" in line
     assert done.stdout == ""
 

@@ -1,4 +1,4 @@
-"""What people see while a run trains: pytest tests/test_progress.py."""
+"""The bar, the log and TensorBoard of a run: pytest tests/test_progress.py."""
 
 import fcntl
 import json
@@ -45,7 +45,7 @@ def run_on_a_terminal(columns: int, flags: str) -> tuple[int, str]:
     try:
         while part := os.read(ours, 65536):
             parts.append(part)
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # Linux raises this when the other side is closed
         pass
     os.close(ours)
     return process.wait(), b"".join(parts).decode()
@@ -84,11 +84,11 @@ def test_a_terminal_has_a_bar_in_place_of_the_lines(on_a_terminal: tuple[Path, s
 
 def test_the_log_starts_with_the_setup(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal
-    about = json.loads((folder / "args.json").read_text())["summary"]
-    for name, value in about.items():
+    setup = json.loads((folder / "args.json").read_text())["summary"]
+    for name, value in setup.items():
         assert re.search(rf"  {name} +{re.escape(value)}", text), name
-    assert {"data", "classes", "model", "global batch", "learning rate", "precision"} <= set(about)
-    assert {"devices", "versions", "git revision"} <= set(about)
+    assert {"data", "classes", "model", "global batch", "learning rate", "precision"} <= set(setup)
+    assert {"devices", "versions", "git revision"} <= set(setup)
 
 
 def test_tensorboard_gets_scalars_and_sample_images(on_a_terminal: tuple[Path, str]) -> None:
@@ -155,9 +155,9 @@ def test_time_left_is_that_of_the_images_left() -> None:
 def test_a_rate_that_does_not_fit_the_batch_is_warned_of(
     opt: str, lr: float, batch: int, is_from_detector: bool, expected: str | None
 ) -> None:
-    found = rate_warnings(opt, lr, batch, is_from_detector)
-    assert len(found) == (expected is not None)
-    assert expected is None or expected in found[0] and f"batch of {batch}" in found[0]
+    warnings = rate_warnings(opt, lr, batch, is_from_detector)
+    assert len(warnings) == (expected is not None)
+    assert expected is None or expected in warnings[0] and f"batch of {batch}" in warnings[0]
 
 
 @pytest.mark.parametrize("batch", [2, 16, 128])

@@ -1,4 +1,4 @@
-"""A write of rank 0 that fails, fails on every process: pytest tests/test_run_folder.py."""
+"""If a write of rank 0 fails, every process fails: pytest tests/test_run_folder.py."""
 
 import contextlib
 import json
@@ -40,14 +40,14 @@ def _write_everything(rank: int, world_size: int, port: int, folder: Path) -> No
             "marker": ("preempted", lambda r: r.finish()),
         }
         for name, (blocked, act) in actions.items():
-            place = folder / name
+            run_folder = folder / name
             if processes.is_main:
-                place.mkdir()
-                checkpoint.save({"step": 3}, place / checkpoint.NEWEST)
-                _block(place / blocked)
+                run_folder.mkdir()
+                checkpoint.save({"step": 3}, run_folder / checkpoint.NEWEST)
+                _block(run_folder / blocked)
             processes.barrier()
             try:
-                act(make_run(place, processes))
+                act(make_run(run_folder, processes))
                 seen[name] = "nothing"
             except UserError as error:
                 seen[name] = str(error)
@@ -106,8 +106,8 @@ def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_pat
         run.open_folder(tmp_path, None, False, CPU, stack)
     assert (tmp_path / checkpoint.NEWEST).read_bytes() == before
     with contextlib.ExitStack() as stack:
-        found = run.open_folder(tmp_path, "auto", False, CPU, stack)
-    assert found == tmp_path / checkpoint.NEWEST
+        path = run.open_folder(tmp_path, "auto", False, CPU, stack)
+    assert path == tmp_path / checkpoint.NEWEST
 
 
 def test_a_resume_on_other_data_names_the_difference_without_hashes(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_resume_on_other_data_names_the_difference_without_hashes(tmp_path: Pa
     old, new = read(4), read(3)
     summaries = {"data": old.summary(), "val_data": old.summary()}
     saved = {"data": old.fingerprint(), "val_data": old.fingerprint()}
-    for remembered, told in (
+    for remembered, message in (
         (summaries, "training data: boxes 4 → 3, boxes by class: cat 4 → 3, the first difference"),
         ({}, "training data: changed (this checkpoint does not remember"),
     ):
@@ -135,5 +135,5 @@ def test_a_resume_on_other_data_names_the_difference_without_hashes(tmp_path: Pa
         now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
         with pytest.raises(UserError) as error:
             resuming.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
-        assert told in str(error.value) and "another --output-dir" in str(error.value)
+        assert message in str(error.value) and "another --output-dir" in str(error.value)
         assert not re.search("[0-9a-f]{20}", str(error.value))

@@ -1,4 +1,4 @@
-"""What a run left is drawn as it was: pytest tests/test_run_report.py.
+"""Reports show the records of a run: pytest tests/test_run_report.py.
 
 The page is opened in a real browser where there is one: Debian's `chromium`.
 """

@@ -1,4 +1,4 @@
-"""Proves that recipe, flags and the real script do what they say: pytest tests/test_train.py."""
+"""Recipe, flags and the real script have their stated effect: pytest tests/test_train.py."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ def test_warmup_steps_are_taken_literally_when_given() -> None:
 
 
 def test_published_command_line_is_what_the_defaults_mean() -> None:
-    given = vars(train_script.parse_args(shlex.split(PUBLISHED)))
+    flags = vars(train_script.parse_args(shlex.split(PUBLISHED)))
     weights = ["--weights-backbone", "ResNet50_Weights.IMAGENET1K_V1"]
-    assert given == vars(train_script.parse_args(weights))
+    assert flags == vars(train_script.parse_args(weights))
 
 
 def test_a_step_keeps_its_batches_on_other_numbers_of_processes() -> None:
@@ -305,10 +305,10 @@ def test_a_run_leaves_the_files_that_the_design_lists(finished_run: tuple[Path, 
         results = json.loads((folder / "eval" / f"epoch_{epoch}" / "results.json").read_text())
         assert set(results) >= {"AP", "AP50", "AR100"}
         assert (folder / "eval" / f"epoch_{epoch}" / "detections.npy").is_file()
-    about = json.loads((folder / "args.json").read_text())
-    assert about["args"]["epochs"] == 2
-    assert about["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert about["global_batch"] in (2, 4) and about["effective_lr"] == 1e-4
+    record = json.loads((folder / "args.json").read_text())
+    assert record["args"]["epochs"] == 2
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert record["global_batch"] in (2, 4) and record["effective_lr"] == 1e-4
     assert (folder / "log.txt").read_text().count("step ") >= 2
 
 

@@ -210,10 +210,10 @@ class Holder:
             self._hold(folder, with_worker, writer)
         os.close(writer)
         with os.fdopen(reader) as file:
-            said = file.readline().strip()
-        assert said.isdigit(), said
+            line = file.readline().strip()
+        assert line.isdigit(), line
         if with_worker:
-            self.worker = int(said)
+            self.worker = int(line)
 
     @staticmethod
     def _hold(folder: Path, with_worker: bool, writer: int) -> None:
@@ -319,11 +319,13 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
 
 
 def test_a_single_process_needs_no_group() -> None:
-    alone = Processes(torch.device("cpu"))
+    single = Processes(torch.device("cpu"))
     assert (
-        alone.is_main and alone.broadcast({"a": 1}) == {"a": 1} and alone.sum([1, 2.5]) == [1, 2.5]
+        single.is_main
+        and single.broadcast({"a": 1}) == {"a": 1}
+        and single.sum([1, 2.5]) == [1, 2.5]
     )
-    alone.barrier()
+    single.barrier()
 
 
 def _take_part(rank: int, world_size: int, port: int, folder: Path) -> None:
@@ -355,8 +357,12 @@ def test_an_exception_leaves_the_group_and_its_process_ends_all_the_same(tmp_pat
             [sys.executable, script],
             env={
                 **os.environ,
-                **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)},
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "PYTHONPATH": str(ROOT),
             },
             stderr=subprocess.PIPE,
             text=True,
@@ -622,7 +628,9 @@ def test_the_launcher_is_the_parent_that_set_the_variables(
     # Also in a session of its own, as after `setsid`; and torchrun may run below another torchrun.
     environment = {
         **os.environ,
-        **{"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_ERROR_FILE": "1", "PYTHONPATH": str(ROOT)},
+        "TORCHELASTIC_RUN_ID": "1",
+        "TORCHELASTIC_ERROR_FILE": "1",
+        "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", HAND_ON, variables]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -707,11 +715,11 @@ def test_other_processes_log_only_warnings(
 
 
 def test_versions_are_plain_text_and_name_the_revision() -> None:
-    found = utils.versions()
-    assert torch.__version__.startswith(found["torch"].split("+")[0])
-    assert {"python", "torchvision", "numpy", "hotcoco", "pycocotools", "revision"} <= set(found)
-    assert all(type(value) is str and value for value in found.values())
-    assert json.loads(json.dumps(found)) == found
+    versions = utils.versions()
+    assert torch.__version__.startswith(versions["torch"].split("+")[0])
+    assert {"python", "torchvision", "numpy", "hotcoco", "pycocotools", "revision"} <= set(versions)
+    assert all(type(value) is str and value for value in versions.values())
+    assert json.loads(json.dumps(versions)) == versions
 
 
 def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
