@@ -14,8 +14,8 @@ from torchvision.utils import draw_bounding_boxes
 
 from utils import file_errors
 
-SAMPLES = 4  # images that are shown at a time
-SHOWN_SCORE = 0.5  # of detections
+SAMPLES = 4  # images per data set
+SHOWN_SCORE = 0.5  # lowest score of a detection that is shown
 SIDE, FONT_SIZE = 800, 22  # pixels; smaller images are enlarged, or nobody could read the labels
 SPEED = ("images_per_second", "data_time_share", "memory_mb")
 
