@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import font_manager
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
@@ -35,9 +34,10 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        from matplotlib import font_manager
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder, self.font = folder, font_manager.findfont("DejaVu Sans")
         with file_errors("write", folder):
             # The run writes again what it wrote after the checkpoint that it resumes from.
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -85,7 +85,7 @@ class Board:
                 texts,
                 colors="red",
                 width=3,
-                font=font_manager.findfont("DejaVu Sans"),
+                font=self.font,
                 font_size=FONT_SIZE,
                 label_colors="white",
                 fill_labels=True,
