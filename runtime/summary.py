@@ -118,6 +118,17 @@ def precision_warnings(amp: str | None, device: torch.device) -> list[str]:
     ]
 
 
+def size_warnings(policy: str, min_size: int | None, max_size: int | None) -> list[str]:
+    """Return a warning if an evaluation takes the square training size of `lsj`."""
+    if policy != "lsj" or min_size is None or min_size != max_size:
+        return []
+    return [
+        f"--min-size {min_size} --max-size {max_size} with lsj: lsj trains at its own 1024 pixels, "
+        f"so these only limit the longer side in evaluation, to {max_size}; published numbers are "
+        "at 800 and 1333, the model's own: leave both flags out"
+    ]
+
+
 def processes_on_this_machine() -> int:
     """Return the number of the run's processes on this machine, from torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -184,6 +195,7 @@ def setup_warnings(
         *scratch_warnings(settings["opt"], is_from_scratch, settings["clip_grad_norm"]),
         *worker_warnings(workers, processes_here, usable_cores()),
         *precision_warnings(settings["amp"], processes.device),
+        *size_warnings(*(settings[k] for k in ("data_augmentation", "min_size", "max_size"))),
     ]
     if Path("/dev/shm").is_dir():  # not on macOS
         pixels = float(train_data.sizes().astype(np.float64).prod(axis=1).mean())

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes
 
 from utils import file_errors
 
 SAMPLES = 4  # images per data set
 SHOWN_SCORE = 0.5  # lowest score of a detection that is shown
+SIDE, FONT_SIZE = 800, 22  # pixels; smaller images are enlarged, or nobody could read the labels
+SPEED = ("images_per_second", "data_time_share", "memory_mb")
+
+
+def scalar_tags(names: Iterable[str]) -> dict[str, str]:
+    """Return the tag of each number of one record: `train/`, `val/` and `speed/` are the groups."""
+    names = list(names)
+    group = "val" if "AP" in names else "train"
+    return {n: f"speed/{n}" if n in SPEED else f"{group}/{n.removeprefix('val_')}" for n in names}
 
 
 class Board:
@@ -23,9 +34,10 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
+        from matplotlib import font_manager
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
+        self.folder, self.font = folder, font_manager.findfont("DejaVu Sans")
         with file_errors("write", folder):
             # The run writes again what it wrote after the checkpoint that it resumes from.
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
@@ -35,10 +47,10 @@ class Board:
         self.writer.close()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write numbers by name."""
+        """Write the numbers of one record by name."""
         with file_errors("write", self.folder):
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+            for name, tag in scalar_tags(values).items():
+                self.writer.add_scalar(tag, values[name], step)
 
     def training_images(self, data: Any, epoch: int, step: int) -> None:
         """Write the first images of the training data with their boxes, as augmented in `epoch`."""
@@ -62,5 +74,21 @@ class Board:
     def _image(
         self, tag: str, image: torch.Tensor, boxes: torch.Tensor, step: int, texts: list[str]
     ) -> None:
+        scale = max(1.0, SIDE / max(image.shape[1:]))
+        picture = F.resize(
+            image.as_subclass(torch.Tensor), [round(s * scale) for s in image.shape[1:]]
+        )
+        if len(boxes):
+            picture = draw_bounding_boxes(
+                picture,
+                boxes.as_subclass(torch.Tensor) * scale,
+                texts,
+                colors="red",
+                width=3,
+                font=self.font,
+                font_size=FONT_SIZE,
+                label_colors="white",
+                fill_labels=True,
+            )
         with file_errors("write", self.folder):
-            self.writer.add_image_with_boxes(tag, image, boxes, step, labels=texts)
+            self.writer.add_image(tag, picture, step)

@@ -27,6 +27,7 @@ from runtime.summary import (
     waiting_warnings,
     worker_warnings,
 )
+from runtime.tensorboard import SIDE
 
 Train = Callable[..., Any]
 
@@ -97,13 +98,17 @@ def test_tensorboard_gets_scalars_and_sample_images(on_a_terminal: tuple[Path, s
     events.Reload()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    written = [(event.step, event.value) for event in events.Scalars("loss")]
+    written = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert [step for step, _ in written] == [step for step, _ in losses]
     assert [value for _, value in written] == pytest.approx([value for _, value in losses])
     pictures = {f"{split}/{i}" for split in ("training", "validation") for i in range(4)}
     assert set(events.Tags()["images"]) == pictures
     image = events.Images("training/0")[0]
-    assert max(image.width, image.height) == 64 and len(image.encoded_image_string) > 1000
+    # Enlarged from 64 pixels, or the labels could not be read.
+    assert max(image.width, image.height) == SIDE and len(image.encoded_image_string) > 1000
+    names = {name for record in records for name in record} - {"step", "epoch"}
+    groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
+    assert groups == {"train", "val", "speed"} and len(events.Tags()["scalars"]) == len(names)
 
 
 def test_tensorboard_shows_each_step_once_after_a_crash(train: Train, tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_tensorboard_shows_each_step_once_after_a_crash(train: Train, tmp_path: 
     train(*flags, "--max-steps", "5")
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_a_terminal_without_a_width_gets_lines(tiny_shapes: Path, tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ def write_run(folder: Path, truth: Annotations, images: Path) -> dict[str, float
     metrics = json.loads((folder / "eval" / "epoch_0" / "results.json").read_text())
     record = {"step": 4, "epoch": 0, **metrics}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    about: dict[str, Any] = {"args": {"lr": 0.01}, "summary": {"data": "16 images"}}
+    args = {"lr": 0.01, "model": "retinanet_resnet18_fpn"}
+    about: dict[str, Any] = {"args": args, "summary": {"data": "16 images"}}
     (folder / "args.json").write_text(json.dumps(about | {"versions": {"torch": "2"}}))
     return metrics
 

@@ -1,10 +1,10 @@
 """Draw what a run left: `python -m tools.report runs/NAME`.
 
-Reads the records of the run, its newest evaluation and the validation images. Writes pictures, and
-`report.html` with all of them, into the folder that was named. The run may have ended or still
-train. What `train.py --test-only` evaluated is drawn into eval/test, and has its own part in the
-report. The folder may also be that of one evaluation. Of several runs the curves are drawn over
-each other:
+Reads the records of the run, its newest evaluation and the validation images. Writes pictures,
+`report.html` with all of them, and `MODEL_CARD.md` into the folder that was named. The run may have
+ended or still train. What `train.py --test-only` evaluated is drawn into eval/test, and has its own
+part in the report. The folder may also be that of one evaluation. Of several runs the curves are
+drawn over each other:
 
     python -m tools.report runs/a runs/b --output comparison
 """
@@ -25,13 +25,15 @@ from torch import Tensor
 from torchvision.io import write_jpeg
 
 import coco_utils
+import utils
 from coco_eval import CocoEvaluator
 from data import coco_arrays, coco_json, locate
-from tools.plots import drawing, eval_plots, html_report, run_plots
+from tools.plots import drawing, eval_plots, html_report, model_card, run_plots
 from tools.plots.drawing import Tile
 from utils import UserError, run_command
 
 MISSED = -1  # label of a box that has no detection
+CARD = "MODEL_CARD.md"
 COLUMNS = 4  # of a sheet: two pairs of annotated and predicted
 
 
@@ -186,6 +188,7 @@ def draw(folder: Path) -> list[str]:
             lines += more
             pictures |= drawn
             analysis = json.loads((newest / "analysis.json").read_text())
+            lines += write_card(run, folder)
         else:
             lines.append("  no evaluation yet; train.py makes one every --eval-every epochs")
     test = None
@@ -195,6 +198,17 @@ def draw(folder: Path) -> list[str]:
     page = folder / "report.html"
     html_report.write_report(page, runs, pictures, analysis, test)
     return [*lines, f"all of it in one file: {page}"]
+
+
+def write_card(run: run_plots.RunRecords, folder: Path) -> list[str]:
+    """Write the model card of a run's best checkpoint; return a line to print."""
+    assert run.best is not None
+    analysis = folder / "eval" / f"epoch_{run.best['epoch']}" / "analysis.json"
+    if not analysis.is_file():
+        return [f"  no {CARD}: {analysis} is missing"]
+    text = model_card.model_card(run, json.loads(analysis.read_text()))
+    utils.replace_file(folder / CARD, text + "\n")
+    return [_line(CARD, "to publish best.pth with; fill in its licence")]
 
 
 def draw_test(source: Path) -> tuple[list[str], html_report.TestEvaluation]:
