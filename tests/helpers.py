@@ -11,6 +11,7 @@ import torch
 
 from runtime.distributed import Processes
 from runtime.run_folder import Run
+from runtime.train_state import TrainState
 
 ROOT = Path(__file__).parents[1]
 CPU = Processes(torch.device("cpu"))
@@ -19,9 +20,8 @@ CPU = Processes(torch.device("cpu"))
 def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
     """Make a run of three epochs of five steps, after its first epoch, without data."""
     model = torch.nn.Linear(1, 1)
-    state: Any = SimpleNamespace(
-        model=model, ema=None, epoch=1, step=3, position=0, best=None, model_to_evaluate=model
-    )
+    nothing: Any = None
+    state = TrainState(model, nothing, nothing, nothing, epoch=1, step=3)
     data = SimpleNamespace(label_map=[], annotations=SimpleNamespace(summary=dict))
     flags: dict[str, Any] = {
         "batch_size": 2,
@@ -32,6 +32,7 @@ def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
         "max_steps": None,
         "momentum": 0.9,
         "opt": "sgd",
+        "patience": None,
         "resume": None,
         "tensorboard": False,
     }
@@ -45,6 +46,7 @@ def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
         val_data=data,
         lr=0.1,
         steps_per_epoch=5,
+        samples="10",
         stack=contextlib.ExitStack(),
     )
 
