@@ -3,7 +3,7 @@
 Detections travel as arrays of seven columns. Rank 0 scores them with hotcoco, or with pycocotools,
 whose numbers these are to the last bit. Categories are scored by label and images by the rank of
 their id, so that ids up to 2**63 survive the float64 columns and the order in which equal scores
-are taken is that of the official evaluation. All else is analysed with hotcoco.
+are taken is that of the official evaluation. hotcoco makes the analysis.
 
 Source: https://cocodataset.org/#detection-eval; detections and ground truth as in pycocotools.
 """
@@ -43,7 +43,7 @@ class Scores(NamedTuple):
 
 
 class Analysis(NamedTuple):
-    """What lies behind the twelve numbers, at IoU 0.5 where nothing else is said.
+    """What lies behind the twelve numbers, at IoU 0.5 unless noted.
 
     Attributes:
         per_class: of each class "id", "name", "label", "AP", "AP50", "AP75", "AR" (at most 100
@@ -173,7 +173,7 @@ class CocoEvaluator:
         return evaluation
 
     def analyze(self, evaluation: Any, detections: np.ndarray) -> Analysis:
-        """Find out what lies behind hotcoco's `evaluation` of gathered `detections`."""
+        """Analyze hotcoco's `evaluation` of gathered `detections`."""
         truth, labels = self.ground_truth, np.sort(self.labels)  # hotcoco's order of the classes
         num_classes, num_images = len(labels), len(self.sorted_ids)
         crowd, of_class = truth.iscrowd, np.searchsorted(labels, self.labels[truth.category_index])
@@ -183,12 +183,12 @@ class CocoEvaluator:
         status = evaluation.image_diagnostics(iou_thr=0.5)["dt_status"]
         counted = np.fromiter(status, np.int64, len(status)) - 1  # hotcoco counts from 1
         is_right = np.fromiter((s == "tp" for s in status.values()), bool, len(status))
-        place = np.searchsorted(labels, detections[counted, 6].astype(int))
+        class_index = np.searchsorted(labels, detections[counted, 6].astype(int))
         grid = np.arange(101) / 100
         level = np.searchsorted(grid, detections[counted, 5], side="right").clip(1, 101) - 1
 
         def at_least(chosen: np.ndarray) -> np.ndarray:  # [K, 101]: how many from a confidence on
-            cells = place[chosen] * 101 + level[chosen]
+            cells = class_index[chosen] * 101 + level[chosen]
             counts = np.bincount(cells, minlength=num_classes * 101).reshape(num_classes, 101)
             return counts[:, ::-1].cumsum(axis=1)[:, ::-1]
 
@@ -232,17 +232,17 @@ class CocoEvaluator:
         curves: dict[str, np.ndarray],
     ) -> list[dict[str, Any]]:
         ids = dict(zip(self.labels.tolist(), self.ground_truth.categories, strict=True))
-        found = np.bincount(detections[:, 6].astype(int), minlength=max(ids) + 1)
+        num_detections = np.bincount(detections[:, 6].astype(int), minlength=max(ids) + 1)
         ap50, ap75, ap = curves["precision"].mean(axis=2).tolist()  # [K] each
         recalls, f1 = recall[:, :, 0, -1].mean(axis=0).tolist(), curves["f1"]
         rows = []
-        for place, label in enumerate(curves["labels"].tolist()):
+        for k, label in enumerate(curves["labels"].tolist()):
             row = {"id": ids[label][0], "name": ids[label][1], "label": label}
-            row |= {"AP": ap[place], "AP50": ap50[place], "AP75": ap75[place], "AR": recalls[place]}
-            row |= {"boxes": int(boxes[place]), "detections": int(found[label])}
-            best = f1[place].argmax()
-            has_boxes = boxes[place] > 0
-            row["F1"] = float(f1[place, best]) if has_boxes else -1.0
+            row |= {"AP": ap[k], "AP50": ap50[k], "AP75": ap75[k], "AR": recalls[k]}
+            row |= {"boxes": int(boxes[k]), "detections": int(num_detections[label])}
+            best = f1[k].argmax()
+            has_boxes = boxes[k] > 0
+            row["F1"] = float(f1[k, best]) if has_boxes else -1.0
             row["confidence"] = float(curves["confidence"][best]) if has_boxes else -1.0
             rows.append(row)
         return sorted(rows, key=lambda row: -row["AP"])
@@ -265,7 +265,7 @@ class CocoEvaluator:
 
 
 def class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
-    """Lay out what `Analysis.per_class` says; of more than `limit` classes the best and the worst.
+    """Format `Analysis.per_class` as a table; of more than `limit` classes, the best and worst.
 
     A class without boxes has no numbers: "-".
     """
@@ -295,9 +295,9 @@ def class_table(per_class: Sequence[Mapping[str, Any]], limit: int = 20) -> str:
 
 
 def error_line(analysis: Analysis) -> str:
-    """Say what AP50 would gain without each of TIDE's errors, the largest first.
+    """Return what AP50 would gain without each of TIDE's errors, the largest first.
 
-    Correcting one kind of error may gain nothing although AP50 is low: then say how many there are.
+    If correcting one kind of error gains nothing although AP50 is low, return the error counts.
     """
     counts = analysis.errors["counts"]
     if not any(row["detections"] for row in analysis.per_class):
@@ -334,13 +334,13 @@ def write_results(
     evaluator: CocoEvaluator,
     folder: Path | None,
     save_detections: bool,
-    about: Mapping[str, Any],
+    description: Mapping[str, Any],
 ) -> None:
     """Write the files of an evaluation, `FILES`, to `folder`, in place of those of an earlier one.
 
     Args:
-        folder: None writes the detections only, to the working folder, if they are to be saved.
-        about: what `analysis.json` says besides.
+        folder: None writes only the detections, to the working folder, if `save_detections`.
+        description: more entries for `analysis.json`.
     """
     if folder is not None:
         with file_errors("create", folder):
@@ -353,7 +353,7 @@ def write_results(
         logger.info("detections written to %s", path)
     if folder is None or results.analysis is None:
         return
-    content = {**results.analysis._asdict(), "speed": results.speed, **about}
+    content = {**results.analysis._asdict(), "speed": results.speed, **description}
     curves, detections = io.BytesIO(), io.BytesIO()
     np.savez_compressed(curves, allow_pickle=False, **content.pop("curves"))
     np.save(detections, results.detections, allow_pickle=False)
@@ -415,13 +415,13 @@ def _with_pycocotools(
             "info": {},
         }
         ground_truth.createIndex()
-        found = COCO()
+        results = COCO()
         if len(detections):
-            found = ground_truth.loadRes(detections)
+            results = ground_truth.loadRes(detections)
         else:  # loadRes fails on an empty list
-            found.dataset = {**ground_truth.dataset, "annotations": []}
-            found.createIndex()
-    return COCOeval(ground_truth, found, "bbox")
+            results.dataset = {**ground_truth.dataset, "annotations": []}
+            results.createIndex()
+    return COCOeval(ground_truth, results, "bbox")
 
 
 def gather_rows(rows: np.ndarray, processes: Processes) -> np.ndarray | None:
@@ -490,8 +490,7 @@ class ImageLosses:
 
     def gather(self, processes: Processes) -> dict[str, float]:
         """Return the means over the images of all processes on rank 0, by name."""
-        own = np.concatenate(self.rows or [np.empty((0, 1))])
-        rows = gather_rows(own, processes)
+        rows = gather_rows(np.concatenate(self.rows or [np.empty((0, 1))]), processes)
         if rows is None:
             return {}
         self.evaluator.require_finite(rows, "losses")

@@ -92,7 +92,7 @@ def match_classes(
 
 @dataclass(frozen=True)
 class Entry:
-    """What the annotations say of one image: all that a loader worker gets of them.
+    """The annotations of one image, which are all that a loader worker gets.
 
     Attributes:
         size: (H, W), pixels.
@@ -152,7 +152,7 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         return f"{self.root / self.annotations.file_name(int(number))} (id {image_id})"
 
     def entry(self, index: int) -> Entry:
-        """Return what the annotations say of an image; `index + k * len(self)` is its k-th copy."""
+        """Return the annotations of one image; `index + k * len(self)` is its k-th copy."""
         number, annotations = int(self.keep[index % len(self.keep)]), self.annotations
         rows = slice(*annotations.offsets[number : number + 2])
         height, width = annotations.sizes[number].tolist()

@@ -60,15 +60,15 @@ def train_one_epoch(
         batches: this process's micro-batches from `state.position` on.
         seed: of random numbers that the model draws, with epoch and position.
         batches_per_step: micro-batches per optimizer step, over all processes.
-        batch_weight: what the loss of the micro-batch at a position of the epoch counts; 0 for a
-            stand-in, where the last step of an epoch has too few.
+        batch_weight: the weight of the loss of the micro-batch at a position of the epoch. The last
+            step of an epoch may have too few; it is filled with others, of weight 0.
         after_step: called after each step with a line for the log (every `print_freq` steps, else
             None) and whether any process asked to stop; returns whether to stop. A line has the
             means over its steps: of the losses, and of the gradient norm before clipping.
         amp_dtype: of autocast; None is fp32.
         clip_grad_norm: the largest L2 norm of all gradients together; None is no limit.
         should_stop: whether this process was asked to stop.
-        image_name: what a message calls the image with an id: its file and the id.
+        image_name: the name of an image in messages, by its id.
 
     Returns:
         Whether the epoch was finished.
@@ -230,7 +230,7 @@ class Evaluation:
         Raises:
             UserError: on every process, if the folder cannot be written.
         """
-        # Batch statistics are each process's own; a checkpoint has those of rank 0.
+        # Batch statistics differ between processes; a checkpoint has those of rank 0.
         self.processes.equalize(model.buffers())
         evaluator = CocoEvaluator(self.data.annotations, self.data.label_map)
         with autocast(self.processes.device, self.amp_dtype):
@@ -249,7 +249,7 @@ class Evaluation:
         def write() -> dict[str, float]:
             assert results is not None, "rank 0 has it"
             coco_eval.log_results(results, len(self.data))
-            about = {
+            description = {
                 "data": {
                     "images": str(self.data.root.resolve()),
                     "annotations": str(self.data.annotations.path.resolve()),
@@ -257,7 +257,7 @@ class Evaluation:
                 },
                 "tested": tested,
             }
-            coco_eval.write_results(results, evaluator, folder, self.save_detections, about)
+            coco_eval.write_results(results, evaluator, folder, self.save_detections, description)
             return results.metrics
 
         self.processes.broadcast(None)  # the others wait here while rank 0 scores
@@ -278,11 +278,11 @@ def evaluate(
     """Run the model over this process's share of the images, and score all shares on rank 0.
 
     Returns:
-        Whether it was finished (not, if any process was asked to stop); the result on rank 0.
+        Whether it finished: not if any process was asked to stop. The results, on rank 0.
 
     Raises:
-        ValueError: if the processes did not see each image of the ground truth once, or on rank 0
-            if what was found is not finite: such numbers could not be compared with any other.
+        ValueError: if the processes did not see each image of the ground truth once.
+        UserError: on rank 0, if a box, score or loss is not finite.
     """
     model.eval()
     start, model_seconds, images_done = time.perf_counter(), 0.0, 0
@@ -291,8 +291,8 @@ def evaluate(
     def meet(is_done: bool) -> list[float]:
         return processes.sum([float(should_stop()), float(is_done), images_done, model_seconds])
 
-    # Shares may take very different times. The processes meet on the way, so that one that is slow
-    # is not taken for one that hangs, and one that was asked to stop tells the others.
+    # Shares may take very different times. The processes meet now and then: a slow process is not
+    # mistaken for one that hangs, and a process that was asked to stop tells the others.
     met = time.monotonic()
     for images, targets in batches:
         if should_stop():

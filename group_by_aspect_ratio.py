@@ -36,7 +36,7 @@ def aspect_ratio_groups(sizes: np.ndarray, factor: int) -> np.ndarray:
 
 
 def permutation(count: int, *key: int) -> np.ndarray:
-    """Return a permutation of `range(count)` that depends on `key` alone.
+    """Return a permutation of `range(count)` that depends only on `key`.
 
     NumPy promises the raw stream of a bit generator for all platforms and releases, but not what
     `Generator.permutation` makes of it; hence the stable sort of raw 64-bit words.
@@ -119,8 +119,8 @@ def epoch_samples(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Cut a shuffled data set into micro-batches of one group each, and shuffle those.
 
-    What is left over in each group (fewer than `batch_size` images) forms mixed batches of
-    neighbouring groups, of which the last may be short.
+    The images left over in each group (fewer than `batch_size`) form mixed batches of neighbouring
+    groups. The last of these may be short.
 
     Args:
         groups: `[I]` group number of every image.
@@ -131,8 +131,8 @@ def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) ->
     shuffled = permutation(len(groups), seed, epoch, 0)
     by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
     sizes = np.bincount(groups)
-    place_in_group = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    is_left_over = place_in_group >= np.repeat(sizes // batch_size * batch_size, sizes)
+    rank_in_group = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    is_left_over = rank_in_group >= np.repeat(sizes // batch_size * batch_size, sizes)
     ordered = np.concatenate([by_group[~is_left_over], by_group[is_left_over]])
     num_batches = -(-len(groups) // batch_size)
     padding = np.full(num_batches * batch_size - len(groups), -1)

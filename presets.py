@@ -1,7 +1,7 @@
 """Named augmentation policies: torchvision's five, on uint8 images and `tv_tensors`.
 
 Source: torchvision's references/detection/presets.py. Resizing to the training size is the model's
-job, but for the two policies that choose the size themselves (`RESIZING`).
+job, except for the two policies in `RESIZING`, which choose the size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MULTISCALE_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
 
 
 def _per_box(sample: tuple[Any, dict[str, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-    """Name what has one entry per box and must go with it when it is dropped."""
+    """Return the tensors with one entry per box, which go when the box is dropped."""
     return (sample[1]["labels"],)
 
 

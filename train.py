@@ -1,4 +1,4 @@
-"""Train and evaluate box detectors: RetinaNet by its published recipe, unless told otherwise.
+"""Train and evaluate box detectors: by default RetinaNet by its published recipe.
 
     torchrun --nproc_per_node=8 train.py --data-path /coco \\
         --weights-backbone ResNet50_Weights.IMAGENET1K_V1 --output-dir runs/coco --resume auto
@@ -237,7 +237,7 @@ def evaluate_only(
         evaluation.processes.on_main(functools.partial(utils.make_folder, folder))
     if args.resume:
         load_trained(model, saved, args.resume)
-        # A run that goes on may have replaced the file before another process read it.
+        # A run in progress may have replaced the file before another process read it.
         evaluation.processes.equalize(model.parameters())
     tested = {"weights": args.resume or args.weights, "step": saved.get("step")}
     step = "" if tested["step"] is None else f" of step {tested['step']}"
@@ -251,7 +251,7 @@ def evaluate_only(
 def data_changes(
     saved: dict[str, Any], train: Annotations, val: Annotations
 ) -> dict[str, Callable[[], str]]:
-    """Return what describes how the data differs from a checkpoint's, by the resume's settings."""
+    """Return, by setting, a function that describes how the data differs from the checkpoint's."""
     return {
         "data": lambda: differences("training data", saved.get("data"), train),
         "val_data": lambda: differences("validation data", saved.get("val_data"), val),
@@ -259,7 +259,7 @@ def data_changes(
 
 
 def run_from_command_line() -> None:
-    """Call `main`. What a user can mend ends in one message, not in a traceback."""
+    """Call `main`; print a `UserError` as one message, without a traceback."""
     utils.mend_streams()
     status: int | None = 1
     try:
@@ -277,7 +277,7 @@ def run_from_command_line() -> None:
 
 
 def print_error(error: Exception) -> None:
-    """Print what a user can mend as one message, and anything else with its traceback."""
+    """Print a `UserError` as one message, and any other error with its traceback."""
     if isinstance(error, PeerError):
         print(f"error: [rank {launch_rank()}] {error}", file=sys.stderr)
     elif not isinstance(error, UserError):

@@ -16,8 +16,8 @@ class FixedSizeCrop(Transform):
     """Crop a random window, or pad right and below, so that every image has one size.
 
     v2's `RandomCrop(pad_if_needed=True)` pads on both sides by the full difference, which makes
-    other training data than the published recipe. Boxes are cut at the window, and boxes that it
-    leaves empty are for `SanitizeBoundingBoxes` to drop.
+    other training data than the published recipe. Boxes are cut at the window;
+    `SanitizeBoundingBoxes` drops those that it leaves empty.
 
     Args:
         size: (H, W) of the result, pixels.
@@ -29,7 +29,7 @@ class FixedSizeCrop(Transform):
         self.size, self.fill = size, list(fill)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the window's corner, uniform over all places where it lies in the image."""
+        """Draw the window's corner, uniform over all positions in the image."""
         height, width = F.get_size(flat_inputs[0])
         crop_height, crop_width = min(height, self.size[0]), min(width, self.size[1])
         draw_top, draw_left = torch.rand(2).tolist()

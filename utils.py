@@ -1,10 +1,10 @@
-"""Processes, logging, seeds and records: what every script needs and PyTorch does not bring."""
+"""Logging, seeds, safe files and user errors, for every script."""
 
 from __future__ import annotations
 
 import sys
 
-if sys.platform == "win32":  # before fcntl, which is not there
+if sys.platform == "win32":  # before fcntl, which Windows lacks
     sys.exit("error: this project needs Linux, macOS or WSL (wsl --install); Windows lacks fork")
 
 import argparse
@@ -34,18 +34,18 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class UserError(Exception):
-    """What a user can mend: the message names the flag or the file, and the fix.
+    """An error that a user can mend: the message names the flag or the file, and the fix.
 
     Commands print the message without a traceback. Every other exception keeps its traceback.
     """
 
 
 class LocalError(UserError):
-    """A UserError that perhaps only one of the processes sees: each prints its own."""
+    """A UserError that may occur in only one process, so each process prints it."""
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Return whether `stream` is a terminal, wide enough for a bar."""
+    """Return whether `stream` is a terminal, wide enough for a progress bar."""
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= 40
     except (OSError, ValueError):
@@ -53,10 +53,10 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 class TerminalHandler(logging.StreamHandler):
-    """Logs to a terminal without tearing the bar there, which stands for its lines of figures."""
+    """Logs to a terminal above the progress bar, which replaces the lines of figures."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record above the bar, but for one that the bar shows."""
+        """Write a record above the bar, unless the bar shows it."""
         if getattr(record, "is_on_bar", False):
             return
         with suppress(OSError):  # the terminal was closed; the run goes on
@@ -64,21 +64,21 @@ class TerminalHandler(logging.StreamHandler):
 
 
 class _QuietFile(io.FileIO):
-    """A standard stream that drops what nobody can read: its reader or terminal is gone."""
+    """A standard stream that drops its output once the reader or terminal is gone."""
 
     def write(self, data: Any) -> int:
-        """Write what can be written; claim that all was."""
+        """Write what can be written; report that everything was."""
         with suppress(OSError):
             return super().write(data)
         return memoryview(data).nbytes
 
 
 def mend_streams() -> None:
-    """Let printing never end a run: closed streams, closed pipes and narrow encodings included.
+    """Keep printing from ending a run: on closed streams, closed pipes and narrow encodings.
 
-    A stream that was closed (`>&-`) leads to /dev/null; otherwise the next file that is opened, say
-    a checkpoint, would get its number, and what a C library prints. Characters that the encoding
-    lacks are escaped. Streams that somebody has replaced stay.
+    A stream that was closed (`>&-`) leads to /dev/null. Otherwise the next opened file, such as a
+    checkpoint, would get its number, and a C library would print into it. Characters that the
+    encoding lacks are escaped. Streams that were replaced before stay.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
@@ -102,7 +102,7 @@ def mend_streams() -> None:
 
 
 def set_up_logging(rank: int, log_file: Path | None = None) -> None:
-    """Send the log to standard output and, if given, to `log_file`; other ranks only warn."""
+    """Send the log to standard output and, if not None, to `log_file`; other ranks only warn."""
     terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
     handlers: list[logging.Handler] = [terminal(sys.stdout)]
     if log_file is not None:
@@ -128,7 +128,7 @@ def default_device() -> str:
 
 
 def set_determinism(deterministic: bool) -> None:
-    """Choose between bit-exact and fastest kernels; to be called before CUDA starts."""
+    """Choose between bit-exact and fastest kernels; call it before CUDA starts."""
     torch.backends.cudnn.benchmark = False  # detection's shapes change with every batch
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -136,7 +136,7 @@ def set_determinism(deterministic: bool) -> None:
 
 
 def derive_seed(*parts: int) -> int:
-    """Mix non-negative integers, say (seed, epoch, index), into one 63-bit seed."""
+    """Mix non-negative integers, such as (seed, epoch, index), into one 63-bit seed."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -166,7 +166,7 @@ def make_folder(path: Path) -> None:
 def printable(text: str, keep: str = "") -> str:
     """Return text from data, such as a class name, safe to print: control characters are escaped.
 
-    Terminals obey ANSI sequences, and a line break would forge a line of the log.
+    A terminal executes ANSI sequences, and a line break would fake a line of the log.
 
     Args:
         keep: characters that are left as they are.
@@ -195,7 +195,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a new file at `path` for writing; sync it at the end, delete it if that fails.
 
-    What was there is removed first. A symbolic link is never followed.
+    An old file is removed first. A symbolic link is never followed.
     """
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -207,7 +207,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
     except BaseException:
         with suppress(OSError):
-            path.unlink()  # the half that fits
+            path.unlink()  # the part that was written
         raise
 
 
@@ -225,7 +225,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def rename(temporary: Path, path: Path) -> None:
-    """Let a new file take the place of `path`; delete it if it cannot."""
+    """Rename a new file to `path`, and delete it if that fails."""
     try:
         os.replace(temporary, path)
     except OSError:
@@ -243,7 +243,7 @@ def load_tensors(path: Path, source: str) -> dict[str, Any]:
         UserError: if it is damaged or of another kind.
     """
     try:
-        # A Namespace takes attributes and runs nothing, so that it is as plain as a dict.
+        # A Namespace takes attributes and runs no code, so it is as safe as a dict.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any bytes can be in the file, and raise anything
@@ -261,8 +261,8 @@ def load_tensors(path: Path, source: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on, and the project's git revision."""
     names = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools", "msgspec")
-    found = {name: version(name) for name in names}
-    return {"python": platform.python_version(), **found, "revision": _git_revision()}
+    packages = {name: version(name) for name in names}
+    return {"python": platform.python_version(), **packages, "revision": _git_revision()}
 
 
 def _git_revision() -> str:
@@ -275,14 +275,14 @@ def _git_revision() -> str:
 
 
 def open_lock(path: Path) -> IO[str]:
-    """Open, or create, a file to lock. What it holds stays; a symbolic link is not followed."""
+    """Open or create a file to lock, and keep its content; do not follow a symbolic link."""
     return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Claim `folder` until this process ends, however it ends; keep the result.
+    """Lock `folder` until this process ends; keep the returned file open.
 
-    A file system that has no locks, as some over cloud storage, is used without, with a warning.
+    Some file systems, such as those over cloud storage, have no locks; then log a warning.
 
     Raises:
         UserError: if another process holds it.

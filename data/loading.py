@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data.worker_processes import LOADER_TIMEOUT, ignore_stop_signals
+from data import worker_processes
+from data.worker_processes import ignore_stop_signals
 
 WORKER_CHECK = 5.0  # seconds without a batch before dead loader workers are looked for
 
@@ -30,7 +31,7 @@ class _PatientLoader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                is_late = time.monotonic() - asked > LOADER_TIMEOUT
+                is_late = time.monotonic() - asked > worker_processes.LOADER_TIMEOUT
                 if is_late or "DataLoader timed out" not in str(error):
                     raise
                 continue

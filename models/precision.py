@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from models import retinanet
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,12 +45,15 @@ class FullPrecisionP6P7(LastLevelP6P7):
 
 def keep_boxes_in_fp32(model: nn.Module) -> None:
     """Keep the box arithmetic and the losses of a detector in fp32 under autocast, in place."""
+    heads = ["head", "rpn.head", "roi_heads.box_predictor"]
+    if isinstance(model, retinanet.RetinaNet):  # it casts by itself: one compiled graph less
+        heads.remove("head")
     for name, module in model.named_modules():
         if type(module) is LastLevelP6P7:
             module.__class__ = FullPrecisionP6P7
         elif isinstance(module, (AnchorGenerator, DefaultBoxGenerator)):
             module.register_forward_pre_hook(_with_fp32_features)
-        elif name in ("head", "rpn.head", "roi_heads.box_predictor"):
+        elif name in heads:
             module.register_forward_hook(_with_fp32_outputs)
 
 

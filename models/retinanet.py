@@ -429,6 +429,11 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
         outputs = self._head_outputs(features, matched >= 0)
         return self.compute_loss((boxes, labels, matched), outputs, anchors)
 
+    def postprocess_detections(self, head_outputs: Any, anchors: Any, image_shapes: Any) -> Any:
+        """Decode the outputs of each level, lists by name, in fp32 under autocast too."""
+        outputs = {k: [_full_precision(x) for x in levels] for k, levels in head_outputs.items()}
+        return super().postprocess_detections(outputs, anchors, image_shapes)
+
     def assign_targets(self, targets: list[dict[str, Tensor]], anchors: Tensor) -> Assigned:
         """Assign each of the anchors [A, 4] to a box of each image, with this model's thresholds.
 

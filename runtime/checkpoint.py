@@ -1,8 +1,8 @@
-"""Checkpoints: written so that a crash at any point leaves a verified one, read only if verified.
+"""Save checkpoints so that a crash at any point leaves a verified one; load only verified ones.
 
 A checkpoint `NAME.pth` counts if its sidecar `NAME.pth.sha256`, which `sha256sum -c` accepts, holds
 its hash. The sidecar is written last: it is the commit. What differs from torchvision: its scripts
-overwrite the one file in place, and `torch.load` does not notice flipped bits.
+overwrite one file in place, and `torch.load` does not detect flipped bits.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from utils import UserError, file_errors, load_tensors, new_file, rename
 logger = logging.getLogger("retinanet")
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
-# The files of a run in its folder. Whatever else lies there is the user's: it is not read, not
-# counted and not deleted.
+# The files of a run in its folder. All other files belong to the user: they are not read, counted
+# or deleted.
 _EPOCH = re.compile(r"model_(0|[1-9][0-9]{0,17})\.pth")
 _CHECKPOINT = re.compile(rf"{re.escape(NEWEST)}|{re.escape(PREVIOUS)}|{BEST}|{_EPOCH.pattern}")
 _RECORD = re.compile(r"metrics\.jsonl(\.bad)?|args\.json|preempted")
@@ -39,12 +39,12 @@ PATIENCE = 1.0  # seconds for another process to finish replacing the file that 
 
 
 def save(state: Mapping[str, Any], path: Path) -> None:
-    """Write `state`, plain types and tensors, to `path`; the checkpoint that was there stays valid.
+    """Write `state`, plain types and tensors, to `path`; the checkpoint before it stays valid.
 
-    While the new one replaces it, the old one is at hand as `checkpoint.previous.pth`.
+    The old one stays as `checkpoint.previous.pth`.
 
     Raises:
-        UserError: names the path, if the disk is full or not writable; what was there is intact.
+        UserError: names the path, if the disk is full or not writable; old checkpoints stay intact.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -61,10 +61,9 @@ def save(state: Mapping[str, Any], path: Path) -> None:
 
 
 def copy(source: Path, target: Path, link: bool = False) -> None:
-    """Make `target` a second verified checkpoint like `source`, which has to be one.
+    """Copy a verified checkpoint to `target`, with its sidecar.
 
-    `link` shares the file instead of its content, for a source that is about to be replaced, where
-    the file system can: those over cloud storage cannot.
+    `link` makes a hard link where the file system can. Use it for a source that will be replaced.
 
     Raises:
         UserError: names the path, if it cannot be written.
@@ -81,28 +80,30 @@ def copy(source: Path, target: Path, link: bool = False) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete the oldest `model_N.pth` in `folder`, all but `keep`; other names are left alone.
+    """Delete all but the `keep` newest `model_N.pth` in `folder`, and nothing else.
 
     Raises:
         UserError: names the folder, if they cannot be deleted.
     """
-    numbered = [path for path in own(folder) if _EPOCH.fullmatch(path.name) and path.is_file()]
+    numbered = [
+        path for path in checkpoints_in(folder) if _EPOCH.fullmatch(path.name) and path.is_file()
+    ]
     numbered.sort(key=_epoch)
     with file_errors("delete checkpoints in", folder):
         for path in numbered[: max(0, len(numbered) - keep)]:
-            _sidecar(path).unlink(missing_ok=True)  # first, as a lone sidecar would stay for ever
+            _sidecar(path).unlink(missing_ok=True)  # first, as nothing deletes a lone sidecar
             path.unlink()
 
 
-def own(folder: Path) -> list[Path]:
-    """Return what has the name of a checkpoint of a run in `folder`, sorted by name."""
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the paths in `folder` that have the name of a checkpoint, sorted by name."""
     files = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in files if _CHECKPOINT.fullmatch(path.name))
 
 
 def is_verified(path: Path) -> bool:
-    """Return whether `path` has a sidecar and the content that it states."""
-    if not path.is_file():  # another kind, such as a FIFO, may never let go of who opens it
+    """Return whether `path` has the content that its sidecar states."""
+    if not path.is_file():  # opening another kind, such as a FIFO, may block forever
         return False
     try:
         with path.open("rb") as file:
@@ -112,7 +113,7 @@ def is_verified(path: Path) -> bool:
 
 
 def _is_verified_soon(path: Path) -> bool:
-    """Do what `is_verified` does, but look again if another process is about to replace `path`.
+    """Do what `is_verified` does, but look again while another process replaces `path`.
 
     It renames the file first and the sidecar a moment later.
     """
@@ -128,12 +129,12 @@ def _is_verified_soon(path: Path) -> bool:
 
 
 def _state(path: Path) -> list[Any]:
-    """Return what tells whether a file or its sidecar was replaced."""
+    """Return a value that changes when a file or its sidecar is replaced."""
     state: list[Any] = []
     for one in (path, _sidecar(path)):
         try:
-            about = one.stat()
-            state.append((about.st_ino, about.st_size, about.st_mtime_ns))
+            stat = one.stat()
+            state.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
         except OSError:
             state.append(None)
     return state
@@ -153,15 +154,15 @@ def _matches_sidecar(file: IO[bytes], path: Path) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the checkpoint in `folder` that verifies and holds most steps, None if there is none.
+    """Return the checkpoint in `folder` that verifies and holds the most steps, or None.
 
-    Only names that a run writes count. Times of files do not: a copy changes them. Each one that
-    holds more and does not verify is logged.
+    Only names that a run writes count. File times do not count: a copy changes them. Newer ones
+    that do not verify are logged.
 
     Raises:
         UserError: names every checkpoint in `folder`, if there are some and none verifies.
     """
-    candidates = sorted(own(folder), key=_order)
+    candidates = sorted(checkpoints_in(folder), key=_order)
     for path in candidates:
         if _is_verified_soon(path):
             return path
@@ -185,7 +186,7 @@ def step_of(path: Path) -> int | None:
 
 
 def _peek(path: Path) -> dict[str, Any]:
-    """Read a checkpoint with its tensors mapped and not read; empty if it cannot be read."""
+    """Load a checkpoint without reading its tensors; return an empty dict if it cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -199,18 +200,18 @@ def _peek(path: Path) -> dict[str, Any]:
 def _order(path: Path) -> tuple[float, int, int]:
     """Return a key that sorts checkpoints: the most steps first, then the usual name.
 
-    One without a step comes first of all: it is damaged, and logged; or somebody made it, and it
-    is refused when it is loaded.
+    A checkpoint without a step comes first: `newest` logs it if it is damaged, and `load` refuses
+    it otherwise.
     """
     step = step_of(path)
     names = (NEWEST, PREVIOUS, BEST)
-    place = names.index(path.name) if path.name in names else len(names)
-    return -math.inf if step is None else -step, place, -_epoch(path)
+    priority = names.index(path.name) if path.name in names else len(names)
+    return -math.inf if step is None else -step, priority, -_epoch(path)
 
 
 def _epoch(path: Path) -> int:
-    found = _EPOCH.fullmatch(path.name)
-    return int(found[1]) if found else -1
+    match = _EPOCH.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def load(path: Path) -> dict[str, Any]:
             f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
         )
     content = load_tensors(path, f"--resume {path}")
-    require_kinds(content, path, ("args", "categories"))  # which are read before all others
+    require_kinds(content, path, ("args", "categories"))  # `main` reads these first
     return content
 
 
@@ -248,7 +249,7 @@ def _are_tensors(value: Any) -> bool:
 
 
 def _is_optimizer(value: Any) -> bool:
-    """Return whether `value` has the layout of an optimizer's state, of whatever model."""
+    """Return whether `value` has the layout of an optimizer's state."""
     if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
         return False
     groups = value.get("param_groups")
@@ -275,7 +276,7 @@ def _is_args(value: Any) -> bool:
     return _is_count(per_step) and per_step > 0
 
 
-# By name: whether a value has the right layout, and the words for that.
+# By name: a check of a value's layout, and a description of that layout.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_are_tensors, "tensors by name"),
     "ema": (lambda v: v is None or _are_tensors(v), "tensors by name, or None"),
@@ -298,7 +299,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def require_kinds(content: Mapping[str, Any], path: Path, names: Collection[str]) -> None:
-    """Raise UserError if one of the parts `names` is of another kind than train.py writes."""
+    """Raise UserError if a part in `names` does not have the layout that train.py writes."""
     for name in names:
         fits, words = KINDS[name]
         if name in content and not fits(content[name]):
@@ -308,7 +309,7 @@ def require_kinds(content: Mapping[str, Any], path: Path, names: Collection[str]
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a killed process of a run left in `folder`, and no others."""
+    """Delete the temporary files that a killed run left in `folder`, and no other files."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink(missing_ok=True)
@@ -316,11 +317,11 @@ def remove_leftovers(folder: Path) -> None:
 
 def require_unused(folder: Path) -> None:
     """Raise UserError if `folder` holds a run, or a part of one that a new run would overwrite."""
-    found = [path.name for path in own(folder)]
-    found += [name for name in ("args.json", "metrics.jsonl") if os.path.lexists(folder / name)]
-    if found:
+    names = [path.name for path in checkpoints_in(folder)]
+    names += [name for name in ("args.json", "metrics.jsonl") if os.path.lexists(folder / name)]
+    if names:
         raise UserError(
-            f"--output-dir {folder} holds a run ({', '.join(found[:5])}); continue it with "
+            f"--output-dir {folder} holds a run ({', '.join(names[:5])}); continue it with "
             "--resume auto, or choose another --output-dir"
         )
 
@@ -330,7 +331,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Let `target` share the file of `source`; return whether the file system can."""
+    """Make `target` a hard link to `source`; return whether the file system can."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -350,7 +351,7 @@ def _commit(path: Path, digest: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """See a folder's list of files to the disk."""
+    """Sync a folder's list of files to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""The processes of a run: joining and leaving their group, and what they tell each other."""
+"""The processes of a run: join and leave their group, and exchange values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from utils import LocalError, UserError
 
-# Rank 0 scores and writes while the others wait, so the host group waits long. A peer that hangs
-# where all come at about the same time, as in the training step, must be noticed far sooner.
+# Rank 0 scores and writes while the others wait, so the host group has a long timeout. Where all
+# processes arrive together, as in a training step, a peer that hangs is detected much sooner.
 HOST_TIMEOUT = datetime.timedelta(hours=2)
 
 
@@ -32,16 +32,16 @@ T = TypeVar("T")
 
 
 class PeerError(Exception):
-    """Another process of the run died, or does not answer."""
+    """Another process of the run died or hangs."""
 
 
 @dataclass(frozen=True)
 class Processes:
     """The processes of one run, as one of them sees it.
 
-    `host_group` is a gloo group for what is not tensors on a device: checkpoints, evaluation. In
-    `meeting_group`, another, all come at about the same time. Both are None where there is a single
-    process, and then every collective below is skipped.
+    `host_group` is a gloo group for values on the host: checkpoints, evaluation. `meeting_group` is
+    another, with a short timeout, where all processes arrive together. Both are None for a single
+    process; every collective below is then skipped.
     """
 
     device: torch.device
@@ -66,7 +66,7 @@ class Processes:
     def on_main(self, action: Callable[[], T]) -> T:
         """Return on every process what `action` returns on rank 0.
 
-        All processes come here at about the same time; the action may take long.
+        All processes must call this at nearly the same time; the action may take long.
 
         Raises:
             PeerError: names those that did not come.
@@ -85,7 +85,7 @@ class Processes:
         return result
 
     def sum(self, values: list[float]) -> list[float]:
-        """Return the sums of `values` over all processes, which come here at about the same time.
+        """Return the sums of `values` over all processes, which call this at nearly the same time.
 
         Raises:
             PeerError: names those that did not.
@@ -103,19 +103,19 @@ class Processes:
                 dist.broadcast(tensor, src=0)
 
     def barrier(self, timeout: datetime.timedelta | None = None) -> None:
-        """Wait for every process, `STEP_TIMEOUT` at most unless told otherwise.
+        """Wait for every process, at most `timeout`, or `STEP_TIMEOUT` if that is None.
 
         Raises:
-            PeerError: names those that did not come, as far as rank 0 came.
+            PeerError: names those that did not come, if rank 0 did.
         """
         if self.world_size == 1:
             return
         try:
-            # All but rank 0 wait as long as the group does, whatever the timeout given here.
+            # Only rank 0 uses this timeout; the others use that of the group.
             dist.monitored_barrier(self.meeting_group, timeout or STEP_TIMEOUT, wait_all_ranks=True)
         except RuntimeError as error:
             raise PeerError(
-                "another process of the run died or hangs; look for its own message. "
+                "another process of the run died or hangs; look for its message. "
                 + str(error).split("\n")[0]
             ) from None
 
@@ -135,20 +135,21 @@ def join_process_group(device: str) -> Iterator[Processes]:
         LocalError: if the launcher's variables are wrong, or there is no GPU for this process.
     """
     rank, world_size, local_rank = _check_launch()
-    place = torch.device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", place.index or 0 if local_rank is None else local_rank)
-        if place.index >= torch.cuda.device_count():
+    torch_device = torch.device(device)
+    if torch_device.type == "cuda":
+        index = torch_device.index or 0 if local_rank is None else local_rank
+        torch_device = torch.device("cuda", index)
+        if index >= torch.cuda.device_count():
             raise LocalError(
-                f"LOCAL_RANK {place.index}: this machine has {torch.cuda.device_count()} GPUs for "
-                "this run; start one process for each with --nproc_per_node"
+                f"LOCAL_RANK {index}: this machine has {torch.cuda.device_count()} GPUs for this "
+                "run; start one process for each with --nproc_per_node"
             )
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(torch_device)
     if world_size == 1:
-        yield Processes(place)
+        yield Processes(torch_device)
         return
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    device_id = place if place.type == "cuda" else None
+    backend = "nccl" if torch_device.type == "cuda" else "gloo"
+    device_id = torch_device if torch_device.type == "cuda" else None
     dist.init_process_group(
         backend,
         store=_store_of_this_attempt(),
@@ -161,32 +162,32 @@ def join_process_group(device: str) -> Iterator[Processes]:
     try:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         meeting_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
-        group = Processes(place, rank, world_size, host_group, meeting_group)
+        group = Processes(torch_device, rank, world_size, host_group, meeting_group)
         group.barrier()
         yield group
     except RuntimeError as error:
         if group is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            group.barrier(NAMING_TIMEOUT)  # gloo itself says a port at best
+            group.barrier(NAMING_TIMEOUT)  # gloo's error names a port at best
         raise
-    # Not after an exception: NCCL would wait here for operations that the others never join. See
-    # `end_failed`.
+    # Skipped after an exception: NCCL would wait here for operations that the others never join.
+    # See `end_failed`.
     dist.destroy_process_group()
 
 
 def _store_of_this_attempt() -> dist.Store:
-    """Return where processes find each other, apart from what they wrote there before a restart.
+    """Return the store of this attempt, which has no addresses from before a restart.
 
-    torchrun keeps one store over all restarts on a machine; without a prefix of its own a restarted
+    torchrun keeps one store over all restarts on a machine. Without a prefix per attempt, a new
     process may read the address of one that is gone ("connectFullMesh … Connection refused").
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # each machine counts its own restarts
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # machines count restarts separately
         return store
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def launch_rank() -> int:
-    """Return this process's rank as its launcher says, 0 without a launcher."""
+    """Return this process's rank from its launcher, 0 without a launcher."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdecimal() else 0  # `join_process_group` refuses it
 
@@ -210,10 +211,10 @@ def _check_launch() -> tuple[int, int, int | None]:
     needed = ("WORLD_SIZE", *needed) if "RANK" in numbers else needed
     for name in needed:
         if name not in os.environ:
-            given = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+            present = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
             raise LocalError(
-                f"{given}={numbers[given]} is in the environment and {name} is not; start with "
-                f"torchrun, or unset {given}"
+                f"{present}={numbers[present]} is in the environment and {name} is not; start with "
+                f"torchrun, or unset {present}"
             )
     if rank >= world_size:
         raise LocalError(

@@ -1,8 +1,8 @@
 """Command-line flags, each declared once: group, range, default, help, and what a resume does.
 
-What differs from argparse: a flag also says what happens when a resumed run gives another value,
-and whether `--test-only` takes its default from the checkpoint; numbers have a range, and neither
-NaN nor infinity is in one.
+What differs from argparse: a flag also declares what happens when a resumed run has another value,
+and whether `--test-only` takes its default from the checkpoint. Numbers have a range, and NaN and
+infinity are in none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from utils import UserError
 # What a resume does if the flag differs from the checkpoint's.
 REFUSE, LOG, IGNORE = "refuse", "log", "ignore"
 
-LARGEST = 2**31 - 1  # of a whole number, unless a flag says otherwise
+LARGEST = 2**31 - 1  # limit of whole numbers, unless a flag sets another
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -31,7 +31,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, which keeps beside each flag what is declared with it.
+    """argparse's parser, which also stores what a resume and `--test-only` do with each flag.
 
     Attributes:
         on_resume: by flag, one of `REFUSE`, `LOG` and `IGNORE`.
@@ -45,7 +45,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self.remembered: list[argparse.Action] = []
 
     def error(self, message: str) -> NoReturn:
-        """Raise a UserError in place of printing a page of usage."""
+        """Raise a UserError instead of printing the usage."""
         raise UserError(f"{message} (--help lists all flags)")
 
     def group(
@@ -84,10 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return {name: self.get_default(name) for name in self.on_resume}
 
     def recall(self, saved: Mapping[str, Any]) -> argparse.Namespace:
-        """Return the remembered flags that a checkpoint saved, to take the place of defaults.
-
-        Give the result to `parse_args`.
-        """
+        """Return the remembered flags that a checkpoint saved, as defaults for `parse_args`."""
         recalled = argparse.Namespace()
         for action in self.remembered:
             if action.dest in saved:
@@ -98,7 +95,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def _in_range(kind: type, words: str, fits: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Return an argparse type: a finite number of `kind` that `fits`; `words` say which do."""
+    """Return an argparse type: a finite number of `kind` that `fits`, described by `words`."""
     noun = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> Any:

@@ -40,7 +40,7 @@ def build_optimizer(
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
     if momentum:
         for parameter in itertools.chain(*(group["params"] for group in groups)):
-            # Equal to a first step without any; torch leaves its own undefined if that is skipped.
+            # As in a first step without one; torch leaves it undefined if that step is skipped.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -1,7 +1,7 @@
 """The flags of train.py, each declared once; the defaults are the published recipe.
 
-To add a flag: declare it here, and use it in `main` as `args.NAME`. `on_resume` says what happens
-when a resumed run gives another value. `remember` lets `--test-only` take it from the checkpoint.
+To add a flag: declare it here, and use it in `main` as `args.NAME`. `on_resume` is what happens
+when a resumed run has another value. `remember` lets `--test-only` take it from the checkpoint.
 Source of the names: torchvision's references/detection/train.py.
 """
 
@@ -45,7 +45,7 @@ def build_parser() -> ArgumentParser:
 
 
 def _add_data_flags(parser: ArgumentParser) -> None:
-    # A resume compares what the data holds, not where it lies.
+    # A resume compares the content of the data, not its path.
     add = parser.group("data", remember=True)
     add("--dataset", choices=LAYOUTS, default="coco", help="layout; shapes is drawn on the fly")
     add("--data-path", type=Path, help="data folder; for shapes, where to keep the images")
@@ -105,7 +105,7 @@ def _add_model_flags(parser: ArgumentParser) -> None:
     add("--weights", help="weights of the whole detector: a torchvision name, or a file")
     add("--weights-backbone", help="weights of the backbone: a torchvision name, or a file")
     pixels = positive(int, at_most=20_000)
-    unset = "the model's own if not given"
+    unset = "the model's default if not set"
     add("--min-size", type=pixels, help=f"shorter side of the resized image, pixels; {unset}")
     add("--max-size", type=pixels, help=f"limit of the longer side, pixels; {unset}")
     add("--anchor-sizes", type=positive(int), nargs="+", help="anchor sides of P3 to P7, pixels")
@@ -120,7 +120,7 @@ def _add_model_flags(parser: ArgumentParser) -> None:
         on_resume=LOG,
         help=f"limit before NMS, per level (SSD: per class); {unset}",
     )
-    # Inference does without the rest.
+    # Inference does not use the rest.
     add(
         "--trainable-backbone-layers",
         type=between(int, 0, 6),
@@ -168,7 +168,7 @@ def _add_optimization_flags(parser: ArgumentParser) -> None:
     add("--momentum", type=between(float, 0, 1), default=0.9, help="momentum of SGD")
     decay = non_negative(float)
     add("--wd", "--weight-decay", dest="wd", type=decay, default=1e-4, help="weight decay")
-    add("--norm-weight-decay", type=decay, help="weight decay of normalisation; --wd if not given")
+    add("--norm-weight-decay", type=decay, help="weight decay of normalisation; --wd if not set")
     add(
         "--accumulate-steps",
         type=positive(int),
@@ -211,7 +211,7 @@ def _add_optimization_flags(parser: ArgumentParser) -> None:
     add(
         "--warmup-steps",
         type=non_negative(int),
-        help="optimizer steps of warm-up; 1000, or fewer in a shorter epoch, if not given",
+        help="optimizer steps of warm-up; 1000, or fewer in a shorter epoch, if not set",
     )
 
 
@@ -268,7 +268,7 @@ def _add_run_flags(parser: ArgumentParser) -> None:
         "--device",
         choices=("cuda", "cpu"),
         on_resume=IGNORE,
-        help="device; cuda if there is one, else cpu, if not given",
+        help="device; cuda if there is one, else cpu, if not set",
     )
     add(
         "--use-deterministic-algorithms",
@@ -276,7 +276,7 @@ def _add_run_flags(parser: ArgumentParser) -> None:
         help="the same bits in every run on CUDA, slower",
     )
     add = parser.group("run")
-    add("--output-dir", type=Path, help="folder of the run; runs/MODEL if not given")
+    add("--output-dir", type=Path, help="folder of the run; runs/MODEL if not set")
     add("--resume", help="checkpoint to continue, or 'auto' for the newest in --output-dir")
     add(
         "--seed",
@@ -294,7 +294,7 @@ def _add_run_flags(parser: ArgumentParser) -> None:
     add(
         "--keep-checkpoints",
         type=non_negative(int),
-        help="how many model_EPOCH.pth to keep, the newest; all if not given",
+        help="how many model_EPOCH.pth to keep, the newest; all if not set",
     )
     add("--max-steps", type=positive(int), help="stop cleanly after this optimizer step of the run")
     add("--print-freq", type=positive(int), default=20, help="optimizer steps per line of the log")
@@ -304,7 +304,7 @@ def _add_run_flags(parser: ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse flags; with `--test-only`, what a checkpoint remembers takes the place of defaults.
+    """Parse flags; with `--test-only`, take remembered flags from the checkpoint.
 
     Raises:
         UserError: if the checkpoint that `--test-only` is to evaluate is missing or damaged.
@@ -312,16 +312,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.test_only and args.resume:
-        # From here on "auto" is the name of a file, so that nothing else can be evaluated.
+        # From here on "auto" is a file name, so nothing else can be evaluated.
         resume = _newest(output_folder(args)) if args.resume == "auto" else Path(args.resume)
         saved = checkpoint.load(resume).get("args", {})
-        # Other data than the checkpoint's: its other paths do not belong to them.
+        # With other data than the checkpoint's, its other paths do not apply.
         unset = argparse.Namespace(dataset=None, data_path=None)
-        given = parser.parse_args(argv, unset)
+        flags = parser.parse_args(argv, unset)
         known = dict(saved)
-        if given.dataset not in (None, saved.get("dataset")):
+        if flags.dataset not in (None, saved.get("dataset")):
             known = {k: v for k, v in saved.items() if k not in ("data_path", *PATHS)}
-        elif given.data_path is not None and str(given.data_path) != str(saved.get("data_path")):
+        elif flags.data_path is not None and str(flags.data_path) != str(saved.get("data_path")):
             known = {k: v for k, v in saved.items() if k not in PATHS}
         args = parser.parse_args(argv, parser.recall(known))
         args.resume = str(resume)
@@ -334,18 +334,18 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def _newest(folder: Path) -> Path:
-    """Return the newest checkpoint of `folder`, as `--resume auto` means it with `--test-only`."""
-    found = checkpoint.newest(folder)
-    if found is None:
+    """Return the newest checkpoint of `folder`; raise UserError if there is none."""
+    path = checkpoint.newest(folder)
+    if path is None:
         raise UserError(
             f"--test-only --resume auto: no checkpoint in {folder}; name the folder of a run with "
             "--output-dir, or a file with --resume"
         )
-    return found
+    return path
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together, before any data is read."""
+    """Raise UserError for flags that contradict each other, before any data is read."""
     device = args.device or utils.default_device()
     if args.lr_steps != sorted(set(args.lr_steps)):
         raise UserError(f"--lr-steps {args.lr_steps}: epochs must increase, such as 16 22")

@@ -1,6 +1,6 @@
-"""What people see while a run trains: what it is about to do, how far it is, what may be wrong.
+"""The progress of a run: a bar, lines of figures, the time left.
 
-On a terminal there is a bar; everywhere else, a log file included, the same is a line now and then.
+A terminal shows a bar. Everywhere else, also in a log file, there is a line every few steps.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from utils import is_terminal, logger
 
 
 class Progress:
-    """Shows where a run is, on rank 0: steps, rate, and the time that the epoch and the run need.
+    """Shows the progress of a run on rank 0: steps, rate, and the time left.
 
     Args:
         steps_per_epoch, epochs: of the run, optimizer steps.
         global_batch: images per optimizer step.
-        is_shown: whether this process shows anything.
+        is_shown: whether this process shows it.
     """
 
     def __init__(
@@ -62,8 +62,12 @@ class Progress:
         logger.info("  ".join(f"{k} {v}" for k, v in shown.items()), extra={"is_on_bar": True})
         if self.bar is not None:
             names = {
-                **{"loss": "loss", "lr": "lr", "images_per_second": "img/s"},
-                **{"data_time_share": "data", "memory_mb": "MB", "run_left": "run left"},
+                "loss": "loss",
+                "lr": "lr",
+                "images_per_second": "img/s",
+                "data_time_share": "data",
+                "memory_mb": "MB",
+                "run_left": "run left",
             }
             figures = {short_name: shown[name] for name, short_name in names.items()}
             self.bar.set_postfix(figures, refresh=False)
@@ -81,7 +85,7 @@ class Progress:
         }
 
     def close(self) -> None:
-        """Take the bar from the terminal."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -95,7 +99,7 @@ def short(value: float) -> str:
 def mean_line(log_sums: dict[str, float]) -> dict[str, float]:
     """Return the means of the losses, and of the gradient norms that are finite.
 
-    Others are of steps that fp16 skipped; if it skipped them all, the norm is 0.
+    Norms that are not finite are of steps that fp16 skipped; if it skipped all, the norm is 0.
     """
     sums = dict(log_sums)
     steps, norm, norms = (sums.pop(name, 0.0) for name in ("steps", "grad_norm", "norms"))

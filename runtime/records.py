@@ -13,10 +13,10 @@ from utils import file_errors, logger, replace_file
 
 
 def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append `record` as one line of JSON and see it to the disk.
+    """Append `record` as one line of JSON, and sync it to the disk.
 
     Raises:
-        UserError: if the file cannot be written; it is then as it was.
+        UserError: if the file cannot be written; it is then unchanged.
     """
     with file_errors("write", path):
         _append(path, (json.dumps(record) + "\n").encode())
@@ -26,7 +26,7 @@ def _append(path: Path, data: bytes) -> None:
     with path.open("ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
-            while data:  # a disk that fills takes a part, and refuses the rest
+            while data:  # a disk that runs full may take only a part
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
         except OSError:
@@ -36,21 +36,21 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of `path`; a last line that a crash cut short is left out.
+    """Return the records of `path`; skip a last line that a crash cut short.
 
-    A line that is no record is logged with its number, and left out.
+    Other lines that are no record are logged with their number and skipped.
 
     Raises:
         UserError: if the file cannot be read.
     """
     records, bad_lines = _parse_json_lines(path)
     for number in bad_lines:
-        logger.warning("%s, line %d: not a record, left out", path, number)
+        logger.warning("%s, line %d: not a record, skipped", path, number)
     return records
 
 
 def _parse_json_lines(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
-    """Return the records, and by their numbers the lines that are none."""
+    """Return the records, and by number the lines that are none."""
     records, bad_lines = [], {}
     if not path.exists():
         return [], {}
@@ -79,10 +79,10 @@ def _is_record(value: Any) -> bool:
 
 
 def rewind_json_lines(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the records after optimizer step `step`, in place, and return the others.
+    """Drop the records after optimizer step `step` from the file, and return the others.
 
-    A run that resumes at `step` writes the later ones again, so every record stands once. A line
-    that is no record is logged and moved to a file beside, `NAME.bad`.
+    A run that resumes at `step` writes the later ones again, so each record appears once. A line
+    that is no record is logged and moved to `NAME.bad`.
 
     Raises:
         UserError: if the file cannot be read or written.

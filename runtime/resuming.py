@@ -1,4 +1,4 @@
-"""What a resumed run takes over from a checkpoint, and what it refuses."""
+"""Load a checkpoint into a run, or refuse one that does not fit."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def resume_run(
     Args:
         refuse: settings of this run that a resume must not change, by name.
         log: settings that it may change; changes are logged.
-        defaults: what a setting was in a checkpoint that does not know it.
-        explained: what describes a change of a setting, where its two values would say nothing.
+        defaults: values of settings that the checkpoint does not have.
+        explained: functions that describe a change of a setting whose values say nothing.
 
     Raises:
         UserError: lists the settings that differ, or what does not fit the model.
@@ -42,7 +42,7 @@ def resume_run(
 
 
 def require_fitting(saved: Mapping[str, Any], state: TrainState, source: Path) -> None:
-    """Raise UserError unless a checkpoint has all that a run of this model continues from.
+    """Raise UserError unless a checkpoint has all parts that a run of this model needs.
 
     The message names what is missing, or the first tensors that differ.
     """
@@ -82,7 +82,7 @@ def _difference(
 
 
 def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:
-    """Return how the state of an optimizer does not fit this one; empty if it does."""
+    """Return why the state of an optimizer does not fit this one; empty if it does."""
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
     if sizes != saved_sizes:
@@ -102,8 +102,8 @@ def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optim
         for name, value in state.items():
             shape = parameter.shape if name != "step" else torch.Size([])
             if not isinstance(value, torch.Tensor) or value.shape != shape:
-                found = list(value.shape) if isinstance(value, torch.Tensor) else value
-                return f"{name} {number} of its 'optimizer' is {found}, not of shape {list(shape)}"
+                actual = list(value.shape) if isinstance(value, torch.Tensor) else value
+                return f"{name} {number} of its 'optimizer' is {actual}, not of shape {list(shape)}"
     return ""
 
 
@@ -117,7 +117,7 @@ def from_torchvision(
     scripts do not save, such as a seed.
 
     Raises:
-        UserError: if it cannot be continued, with what it lacks.
+        UserError: names what the checkpoint lacks, if it cannot be continued.
     """
     require_kinds(saved, source, KINDS)
     if "step" in saved:
@@ -132,15 +132,20 @@ def from_torchvision(
     theirs = saved["args"] | {"amp": "fp16" if saved["args"].get("amp") else None}
     if "weight_decay" in theirs:
         theirs["wd"] = theirs["weight_decay"]
-    # They put normalisation first, train.py last; and do not know of fused steps.
+    # Their groups have normalisation first, ours last; their steps are not fused.
     groups = [group | {"fused": True} for group in reversed(saved["optimizer"]["param_groups"])]
     epoch = saved["epoch"] + 1
-    logger.info("%s is of torchvision's scripts: going on at epoch %d", source, epoch)
+    logger.info("%s comes from torchvision's scripts: resuming at epoch %d", source, epoch)
     return {
-        **{"model": saved["model"], "ema": None, "scaler": saved.get("scaler", {})},
+        "model": saved["model"],
+        "ema": None,
+        "scaler": saved.get("scaler", {}),
         "optimizer": saved["optimizer"] | {"param_groups": groups},
-        **{"epoch": epoch, "step": epoch * steps_per_epoch, "position": 0},
-        **{"window": {}, "evaluations": {}},
+        "epoch": epoch,
+        "step": epoch * steps_per_epoch,
+        "position": 0,
+        "window": {},
+        "evaluations": {},
         "args": {name: theirs.get(name, value) for name, value in now.items()},
     }
 
@@ -158,9 +163,9 @@ def check_same_run(
     Settings in `may_change`, such as another learning rate, are allowed and logged.
 
     Args:
-        defaults: what a setting was in a checkpoint that does not know it; without one it counts
-            as unchanged.
-        explained: what says how a setting changed, where its two values would say nothing.
+        defaults: values of settings that the checkpoint does not have; without one a setting
+            counts as unchanged.
+        explained: functions that describe a change of a setting whose values say nothing.
     """
     defaults, explained = defaults or {}, explained or {}
     old = {name: saved.get(name, defaults.get(name, value)) for name, value in now.items()}
@@ -183,11 +188,10 @@ def check_same_run(
 def batches_per_step(accumulate_steps: int, world_size: int, saved: dict[str, Any]) -> int:
     """Return the micro-batches of an optimizer step, over all processes.
 
-    A resumed run keeps its own number, and accumulates more or less where there are now fewer or
-    more processes.
+    A resumed run keeps its number. It accumulates more on fewer processes, and less on more.
 
     Raises:
-        UserError: names what would keep the number, if this does not divide.
+        UserError: lists the numbers of processes that divide it, if this one does not.
     """
     wanted = saved.get("args", {}).get("batches_per_step")
     if wanted is None:  # a new run, or one of torchvision's scripts

@@ -64,7 +64,7 @@ class Run:
         train_data, val_data: `coco_utils.CocoDetection` each.
         lr: the base learning rate in use.
         samples: how many an epoch has and how often classes come, for people.
-        stack: closes what the run opens.
+        stack: closes the files that the run opens.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Run:
         self.settings: dict[str, Any] = {
             k: str(v) if isinstance(v, Path) else v for k, v in settings.items()
         }
-        # What a checkpoint holds beside the state.
+        # The parts of a checkpoint beside the state.
         self.extra: dict[str, Any] = {
             "args": self.settings,
             "categories": val_data.label_map,
@@ -111,7 +111,7 @@ class Run:
         records = self.processes.on_main(self._write_start)
         # A checkpoint is saved before its epoch is evaluated.
         self.state.evaluations |= {r["epoch"]: r["AP"] for r in records if "AP" in r}
-        # Resumed from another checkpoint, of this folder or not: from here on it is the newest.
+        # If the run resumed from another checkpoint, save this one as the newest.
         if self.state.step > 0 and not self.processes.on_main(self._newest_is_this_step):
             self.save()
         if self.state.epoch and not self.state.position:
@@ -163,7 +163,7 @@ class Run:
         return checkpoint.step_of(path) == self.state.step and checkpoint.is_verified(path)
 
     def _complete_epoch(self) -> None:
-        """Copy the newest checkpoint to the epoch's, if a kill came between the two."""
+        """Copy the newest checkpoint to the epoch's, if a kill prevented that."""
         newest = self.folder / checkpoint.NEWEST
         copy = self.folder / f"model_{self.state.epoch - 1}.pth"
         if checkpoint.is_verified(newest) and not checkpoint.is_verified(copy):
@@ -175,7 +175,7 @@ class Run:
             checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
 
     def _checkpoint_bytes(self) -> int:
-        """Return about how large a checkpoint is; a new optimizer has no tensors yet."""
+        """Return the estimated size of a checkpoint; a new optimizer has no tensors yet."""
 
         def size(tensors: Iterable[torch.Tensor]) -> int:
             return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -186,7 +186,7 @@ class Run:
         return weights * (1 if self.state.ema is None else 2) + trained * moments
 
     def after_step(self, line: dict[str, float] | None, stop: bool) -> bool:
-        """Record a line, save if it is time to; return whether the run stops here."""
+        """Record a line, save if that is due; return whether the run stops here."""
         if self.processes.is_main:
             self.progress.step(self.state.step)
         if line is not None:
@@ -209,7 +209,7 @@ class Run:
         return self.state.evaluations_since_best >= (self.settings["patience"] or math.inf)
 
     def is_stopped(self) -> bool:
-        """Return, the same on every process, whether any of them was asked to stop."""
+        """Return whether any process was asked to stop; the same on every process."""
         return self.processes.sum([float(self.should_stop())])[0] > 0
 
     def save(self, name: str | None = None) -> None:
@@ -229,7 +229,7 @@ class Run:
         self.processes.on_main(write)
 
     def evaluation_is_due(self) -> bool:
-        """Return whether the epoch that ended last is to be evaluated, and was not yet."""
+        """Return whether the epoch that ended last should be evaluated and was not yet."""
         every, done = self.settings["eval_every"], self.state.epoch
         if not every or self.state.position or not done or done - 1 in self.state.evaluations:
             return False
@@ -276,7 +276,7 @@ class Run:
         self.processes.on_main(write)
 
     def _warn_of_waiting(self, line: dict[str, float]) -> None:
-        """Warn once if the run waits for data; during the first line the workers still start."""
+        """Warn once if the run waits for data, except in the first line, when workers start."""
         if self.lines_seen > 0 and not self.is_warned and self.processes.is_main:
             share, workers = line["data_time_share"], self.settings["workers"]
             for warning in summary.waiting_warnings(share, workers):
@@ -295,7 +295,7 @@ class Run:
             path = self.folder / "preempted"
             self.processes.on_main(lambda: utils.replace_file(path, marker))
             is_auto = self.settings["resume"] == "auto"
-            go_on = "the same command goes on" if is_auto else "add --resume auto to go on"
+            go_on = "run the same command to resume" if is_auto else "add --resume auto to resume"
             advice = f", {'saved' if step else 'nothing to save yet'}; {go_on}"
         elif self.has_stalled():
             advice = (

@@ -24,10 +24,10 @@ SAME_SIGNAL = 1.0  # seconds
 
 
 class StopSignal:
-    """Remember that one of `STOP_SIGNALS` came; whoever trains asks between two steps.
+    """Remembers that one of `STOP_SIGNALS` came; the training loop asks between two steps.
 
-    SIGTERM or SIGINT that comes again, more than `SAME_SIGNAL` seconds after the first, ends the
-    process and its loader workers at once. SIGHUP stays ignored where `nohup` made it so.
+    A second SIGTERM or SIGINT, more than `SAME_SIGNAL` seconds after the first, ends the
+    process and its loader workers at once. SIGHUP stays ignored under `nohup`.
     """
 
     def __init__(self) -> None:
@@ -35,8 +35,8 @@ class StopSignal:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._remember)
-        # Python calls a handler only when the main thread returns from what it waits for, such as
-        # another process. This thread reads the numbers that the system's handler writes.
+        # Python calls a handler only after the main thread stops waiting, for example for another
+        # process. This thread reads the signal numbers from a pipe at once.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -51,15 +51,15 @@ class StopSignal:
 
     def _watch(self, reader: int) -> None:
         first = None  # when SIGTERM or SIGINT came for the first time
-        is_told = False
+        is_logged = False
         while True:
             number = os.read(reader, 1)[0]
             if number not in STOP_SIGNALS:
                 continue
-            if not is_told:
+            if not is_logged:
                 text = "%s: the run stops after this step; a second one ends it at once"
                 _log_in_thread(logging.INFO, text, signal.Signals(number).name)
-                is_told = True
+                is_logged = True
             if number in (signal.SIGTERM, signal.SIGINT):
                 now = time.monotonic()
                 first = first or now
@@ -77,7 +77,7 @@ def _log_in_thread(level: int, *message: Any) -> threading.Thread:
 def _end_at_once(number: int) -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
-    text = "a second %s: ended at once; --resume auto goes on from the last save"
+    text = "a second %s: ended at once; --resume auto resumes from the last save"
     _log_in_thread(logging.WARNING, text, signal.Signals(number).name).join(1.0)
     os._exit(128 + number)
 
@@ -85,8 +85,8 @@ def _end_at_once(number: int) -> None:
 def end_failed() -> None:
     """End this process after its exception was printed, if it is one of several.
 
-    Python's own way out would leave NCCL's process group, and wait there for operations that the
-    others never join.
+    A normal exit of Python would leave NCCL's process group, and wait there for operations that
+    the others never join.
     """
     if dist.is_available() and dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):
@@ -97,8 +97,8 @@ def end_failed() -> None:
 def follow_launcher() -> None:
     """End this process when the torchrun that started it dies, so that no orphan keeps training.
 
-    It gets SIGUSR1, which lets it save, and `LAUNCHER_GRACE` later SIGKILL. A process without a
-    launcher is left alone: `nohup python train.py &` outlives its shell.
+    It gets SIGUSR1, so that it can save, and SIGKILL `LAUNCHER_GRACE` seconds later. A process
+    without a launcher goes on: `nohup python train.py &` outlives its shell.
     """
     if not _is_launched():
         return
@@ -120,8 +120,8 @@ def follow_launcher() -> None:
 def _is_launched() -> bool:
     """Return whether the parent is a torchrun, or was one until it died.
 
-    A shell that hands on torchrun's variables is none. torchrun gives every process a session of
-    its own, and variables that it does not have itself.
+    A shell that passes on torchrun's variables is no torchrun. torchrun starts every process in a
+    new session, with variables that torchrun itself does not have.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.getsid(0) != os.getpid():
         return False
@@ -132,12 +132,12 @@ def _is_launched() -> bool:
         of_parent = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
     except OSError:  # another user's
         return False
-    own = {os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith("TORCHELASTIC")}
-    return _is_python(parent) and not own <= set(of_parent)
+    here = {os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith("TORCHELASTIC")}
+    return _is_python(parent) and not here <= set(of_parent)
 
 
 def _is_python(process: int) -> bool:
-    """Return whether `process` runs this interpreter, as torchrun does, even as a container's 1."""
+    """Return whether `process` runs this interpreter, as torchrun does, also as process 1."""
     try:
         return os.readlink(f"/proc/{process}/exe") == os.readlink("/proc/self/exe")
     except OSError:  # another user's

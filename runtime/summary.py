@@ -1,4 +1,4 @@
-"""What a run says before its first step: a table of what will run, and warnings."""
+"""The table and the warnings that a run logs before its first step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RECIPE_BATCH = 16  # the global batch that the recipe's learning rate is for: 8 
 RECIPE_RATES = {"sgd": 0.01, "sgd_nesterov": 0.01, "adamw": 1e-4}  # published for that batch
 
 
-WAITING = 0.2  # share of a step spent waiting for data from which on it is worth a warning
+WAITING = 0.2  # warn if a larger share of the time is spent waiting for data
 
 
 def describe_devices(device: torch.device, world_size: int) -> str:
-    """Return how many of which device a run uses."""
+    """Return the number and kind of the devices in use."""
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
     return f"{world_size} x cpu, {torch.get_num_threads()} threads each"
@@ -35,7 +35,7 @@ def describe_devices(device: torch.device, world_size: int) -> str:
 def rate_warnings(opt: str, lr: float, global_batch: int, is_from_detector: bool) -> list[str]:
     """Return a warning if a learning rate is not that of the recipe for the global batch.
 
-    Fine-tuning (`is_from_detector`) with a lower one is what one does.
+    Fine-tuning (`is_from_detector`) often uses a lower rate, so that is no warning.
     """
     expected = RECIPE_RATES[opt] * global_batch / RECIPE_BATCH
     # Adam's step does not grow with the gradient, and rates of ten times the recipe's are in use.
@@ -51,7 +51,7 @@ def rate_warnings(opt: str, lr: float, global_batch: int, is_from_detector: bool
 
 
 def describe_weights(weights: str | None, weights_backbone: str | None, step: int) -> str:
-    """Return what a run's weights are when it goes on at optimizer step `step`."""
+    """Describe the weights of a run that starts or resumes at optimizer step `step`."""
     start = "none: everything random"
     if weights:  # the backbone's are then replaced
         start = f"{weights}, of the detector"
@@ -119,12 +119,12 @@ def precision_warnings(amp: str | None, device: torch.device) -> list[str]:
 
 
 def processes_on_this_machine() -> int:
-    """Return how many processes of the run share this machine, as torchrun says."""
+    """Return the number of the run's processes on this machine, from torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def log_table(title: str, rows: Mapping[str, str], warnings: Sequence[str]) -> None:
-    """Log what will run as a table, then each warning."""
+    """Log the setup as a table, then each warning."""
     logger.info("%s%s", title, "".join(f"\n  {name:14} {text}" for name, text in rows.items()))
     for warning in warnings:
         logger.warning("warning: %s", warning)
@@ -144,7 +144,7 @@ def setup_table(
     step: int,
     disk: str,
 ) -> dict[str, str]:
-    """Return what will run, by name, for people.
+    """Return the setup of the run as text, by name.
 
     Args:
         settings: the flags, and "batches_per_step".
@@ -202,14 +202,14 @@ def setup_warnings(
 def disk_use(
     folder: Path, settings: Mapping[str, Any], checkpoint_bytes: int, steps_per_epoch: int
 ) -> tuple[str, list[str]]:
-    """Return what checkpoints will take and what is free, for people, and warnings."""
+    """Return the disk space that checkpoints need and that is free, as text, and warnings."""
     epochs = settings["epochs"]
     if settings["max_steps"]:
         epochs = min(epochs, settings["max_steps"] // steps_per_epoch)
     keep = settings["keep_checkpoints"]
     kept = epochs if keep is None else min(epochs, keep)
     others = 3  # checkpoint.pth, the one before, best.pth
-    existing = [path for path in checkpoint.own(folder) if path.is_file()]
+    existing = [path for path in checkpoint.checkpoints_in(folder) if path.is_file()]
     # For a moment there is one more, a temporary file beside the others.
     needed = (kept + others + 1) * checkpoint_bytes - sum(p.stat().st_size for p in existing)
     with file_errors("read", folder):

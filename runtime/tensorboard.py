@@ -11,8 +11,8 @@ import torch
 
 from utils import file_errors
 
-SAMPLES = 4  # images that are shown at a time
-SHOWN_SCORE = 0.5  # of detections
+SAMPLES = 4  # images per data set
+SHOWN_SCORE = 0.5  # lowest score of a detection that is shown
 
 
 class Board:

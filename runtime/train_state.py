@@ -1,4 +1,4 @@
-"""All that changes while a run trains, and what the host learns of a step after the device."""
+"""The state of training, and values of a step that the host reads after the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_SCALE = 1e-4  # of fp16's gradients; fairseq's --min-loss-scale: what overfl
 
 @dataclass
 class TrainState:
-    """All that changes while a run trains, which is what a checkpoint must hold.
+    """The state of training: all that a checkpoint must hold to continue bit-identical.
 
     Attributes:
         epoch: the one in progress, or next.
@@ -102,7 +102,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` returned, perhaps in another process."""
+        """Load what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"] or state["model"])
@@ -152,7 +152,7 @@ class TrainState:
 
 
 class HostCopy:
-    """A small tensor on its way to the host, where it is read only when something else was done."""
+    """A small tensor on its way to the host, read later so that the host need not wait."""
 
     def __init__(self, values: Tensor) -> None:
         self.event, self.values = None, values
@@ -163,7 +163,7 @@ class HostCopy:
             self.event.record()
 
     def wait(self) -> list[float]:
-        """Return the values, once they are there."""
+        """Wait for the values and return them."""
         if self.event is not None:
             self.event.synchronize()
         return self.values.tolist()
@@ -171,7 +171,7 @@ class HostCopy:
 
 @dataclass
 class LastStep:
-    """What to say of a step if it is not finite, and the norm that tells, on its way to the host.
+    """The last step's gradient norm, on its way to the host, and messages in case it is not finite.
 
     Gradients are reduced over processes, so that the norm is the same on all.
     """
@@ -191,8 +191,8 @@ class LastStep:
 class StepSums:
     """A step's losses and the wish to stop, summed over processes, on their way to the host.
 
-    Made before the backward pass and read after it: by the time that the host has launched that,
-    the copy is long done, and the device does not run dry.
+    Make it before the backward pass and read it after: the copy ends while the host launches that
+    pass, so the device is never idle.
     """
 
     def __init__(self, sums: dict[str, Tensor], should_stop: bool, processes: Processes) -> None:
@@ -217,7 +217,7 @@ def advice_on_not_finite(
     amp_dtype: torch.dtype | None,
     clip_grad_norm: float | None,
 ) -> str:
-    """Return what to do about a step that is not finite, the most likely cause first."""
+    """Return advice on a step that is not finite, the most likely cause first."""
     causes = [f"the learning rate ({lr:g}) is too high: resume with a lower --lr"]
     if clip_grad_norm is None:
         causes[0] += " or with --clip-grad-norm 1"

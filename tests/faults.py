@@ -1,4 +1,4 @@
-"""Launch real runs, hurt them at chosen moments, and compare what they leave: for test_faults.py.
+"""Launch real runs, inject faults at chosen moments, and compare the results: for test_faults.py.
 
 Run as a script, this is train.py with a recorder and the faults that the environment asks for:
 
@@ -35,13 +35,13 @@ import torch
 from runtime.records import read_json_lines
 from runtime.train_state import TrainState
 
+# Not from helpers.py: as a script, this imports only what train.py imports.
 ROOT = Path(__file__).parents[1]
 # 15 images that count: on three ranks an epoch is three steps, and its last one is not full.
-SMALL = (
-    *("--model", "retinanet_resnet18_fpn", "--min-size", "64", "--max-size", "64"),
-    *("--device", "cpu", "--workers", "2", "--batch-size", "2", "--print-freq", "1"),
-    *("--opt", "sgd", "--lr", "1e-3", "--clip-grad-norm", "1", "--epochs", "2"),
-    *("--keep-checkpoints", "1", "--score-thresh", "0.001"),
+SMALL = tuple(
+    "--model retinanet_resnet18_fpn --min-size 64 --max-size 64 --device cpu --workers 2 "
+    "--batch-size 2 --print-freq 1 --opt sgd --lr 1e-3 --clip-grad-norm 1 --epochs 2 "
+    "--keep-checkpoints 1 --score-thresh 0.001".split()
 )
 WITHOUT_PROMISE = ("images_per_second", "data_time_share", "memory_mb")  # of a line of the log
 FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "shutil.copyfile", "os.truncate"}
@@ -52,7 +52,7 @@ Fault = dict[str, Any]
 
 
 class Injector:
-    """Knows which faults this process is to suffer, and makes them happen."""
+    """Injects the faults of this process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = str(folder)
@@ -263,8 +263,11 @@ MUTATIONS: dict[str, Callable[[], None]] = {
 class Runs:
     """Runs of the real script with one output folder, one after the other."""
 
-    def __init__(self, place: Path, data: Path, *flags: str, mutations: Sequence[str] = ()) -> None:
-        self.place, self.folder, self.record = place, place / "run", place / "record"
+    def __init__(
+        self, work_dir: Path, data: Path, *flags: str, mutations: Sequence[str] = ()
+    ) -> None:
+        self.work_dir = work_dir
+        self.folder, self.record = work_dir / "run", work_dir / "record"
         self.record.mkdir(parents=True)
         self.flags = ("--data-path", str(data), *SMALL, *flags)
         self.mutations, self.count = list(mutations), 0
@@ -303,7 +306,8 @@ class Runs:
             "MUTATIONS": json.dumps(self.mutations),
             "PATIENCE": json.dumps(patience or {}),
         }
-        return Launched(command, environment, self.place / f"console{self.count}.txt", self.folder)
+        console = self.work_dir / f"console{self.count}.txt"
+        return Launched(command, environment, console, self.folder)
 
     def run(self, *flags: str, check: bool = True, **options: Any) -> Launched:
         """Start a run and wait for its end; `check` that it ends well."""
@@ -379,7 +383,7 @@ class Launched:
 def living(folder: Path) -> set[int]:
     """Return all processes of the runs in `folder`, loader workers included."""
     record = f"RECORD={folder.parent / 'record'}".encode()
-    found = set()
+    pids = set()
     for entry in Path("/proc").iterdir():
         try:
             variables = (entry / "environ").read_bytes().split(b"\0")
@@ -387,8 +391,8 @@ def living(folder: Path) -> set[int]:
         except (OSError, IndexError):
             continue
         if record in variables and state != "Z":
-            found.add(int(entry.name))
-    return found
+            pids.add(int(entry.name))
+    return pids
 
 
 def seconds_until_gone(folder: Path, limit: float = 60.0) -> float:
@@ -435,7 +439,7 @@ def _feed(sha: Any, value: Any) -> None:
 
 
 def gate(folder: Path, record: Path) -> dict[str, str]:
-    """Hash a run: model, averages, optimizer, schedule, place, the ordered log, and its records."""
+    """Hash a run: model, EMA, optimizer, schedule, position, the ordered log, and its records."""
     from runtime import checkpoint
 
     state = checkpoint.load(folder / checkpoint.NEWEST)
@@ -468,17 +472,17 @@ def training_log(record: Path, last: int) -> list[dict[str, Any]]:
     return [seen[key] for key in sorted(seen) if key[0] <= last]
 
 
-def assert_same(found: dict[str, str], expected: dict[str, str]) -> None:
-    """Compare two gates, and say what differs."""
-    different = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+def assert_same(actual: dict[str, str], expected: dict[str, str]) -> None:
+    """Compare two gates; the error names what differs."""
+    different = [name for name in {**actual, **expected} if actual.get(name) != expected.get(name)]
     assert not different, f"not as in the run without faults: {different}"
 
 
-def clean_up(place: Path) -> None:
-    """End whatever runs below `place`, and free the disk of its checkpoints."""
-    for process in living(place / "run"):
+def clean_up(folder: Path) -> None:
+    """End all processes below `folder`, and delete its checkpoints."""
+    for process in living(folder / "run"):
         os.kill(process, signal.SIGKILL)
-    shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

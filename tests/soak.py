@@ -42,7 +42,7 @@ class Report:
     """What happened in a soak.
 
     Attributes:
-        faults: how many of each kind took place; a run may end before its fault does.
+        faults: how many of each kind happened; a run may end before its fault does.
         slowest_end: seconds from the launcher's end until the last process was gone.
         most_megabytes: that the run's folder held after a cycle.
         fallbacks: starts that passed over a checkpoint that did not verify.
@@ -110,10 +110,10 @@ def send_from_outside(launched: Launched, folder: Path, draw: random.Random) -> 
             pass
 
 
-def soak(place: Path, data: Path, cycles: int, seed: int) -> Report:
-    """Run `cycles` cycles below `place` and compare; raises AssertionError if anything is amiss."""
+def soak(folder: Path, data: Path, cycles: int, seed: int) -> Report:
+    """Run `cycles` cycles below `folder` and compare; raise AssertionError if anything differs."""
     flags = ("--epochs", "100000", "--eval-every", "2", "--checkpoint-every", "2")
-    runs, whole = Runs(place / "hurt", data, *flags), Runs(place / "whole", data, *flags)
+    runs, whole = Runs(folder / "hurt", data, *flags), Runs(folder / "whole", data, *flags)
     draw, report, begin = random.Random(seed), Report(), time.monotonic()
     step, size = 0, 0.0
     while report.cycles < cycles:
@@ -155,13 +155,13 @@ def names(folder: Path) -> set[str]:
 def main(args: argparse.Namespace) -> None:
     """Soak in a temporary folder and print the report as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        data = shapes.make_shapes(place / "data", 16, 7, size=64)
+        root = Path(folder)
+        data = shapes.make_shapes(root / "data", 16, 7, size=64)
         try:
-            print(json.dumps(vars(soak(place, data, args.cycles, args.seed)), indent=2))
+            print(json.dumps(vars(soak(root, data, args.cycles, args.seed)), indent=2))
         finally:
-            clean_up(place / "hurt")
-            clean_up(place / "whole")
+            clean_up(root / "hurt")
+            clean_up(root / "whole")
 
 
 if __name__ == "__main__":

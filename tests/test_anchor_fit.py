@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import LABEL_MAP
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import box_iou
@@ -24,7 +25,6 @@ from runtime import checkpoint, options
 from tools import anchor_fit, visualize
 from utils import UserError
 
-LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Train = Callable[..., Any]
 
 
@@ -52,9 +52,9 @@ def test_the_best_iou_is_that_of_all_anchors_together(
     expected = box_iou(
         torch.from_numpy(corners), all_anchors(generator, height, width).double()
     ).amax(dim=1)
-    found = anchor_fit.best_ious(boxes, generator)
-    assert found == pytest.approx(expected.numpy(), abs=1e-9)
-    assert found.min() < 0.5 < found.max()  # both kinds of boxes are among them
+    ious = anchor_fit.best_ious(boxes, generator)
+    assert ious == pytest.approx(expected.numpy(), abs=1e-9)
+    assert ious.min() < 0.5 < ious.max()  # both kinds of boxes are among them
 
 
 def test_boxes_are_where_the_model_puts_them(bccd: Path) -> None:
@@ -66,9 +66,9 @@ def test_boxes_are_where_the_model_puts_them(bccd: Path) -> None:
     raw = torch.from_numpy(coco_arrays.to_xyxy(annotations.boxes_xywh[start:end]))
     image = torch.zeros(3, *annotations.sizes[5].tolist())
     batch, (target,) = model.transform([image], [{"boxes": raw, "labels": torch.ones(len(raw))}])
-    place = slice(int(start), int(end))
+    rows = slice(int(start), int(end))
     assert not annotations.iscrowd[: int(end)].any() and len(raw) > 3
-    assert boxes.xyxy[place] == pytest.approx(target["boxes"].numpy(), abs=1e-3)
+    assert boxes.xyxy[rows] == pytest.approx(target["boxes"].numpy(), abs=1e-3)
     assert boxes.padded[int(start)].tolist() == list(batch.tensors.shape[-2:])
 
 
@@ -99,7 +99,7 @@ def report(folder: Path, *flags: str, capsys: pytest.CaptureFixture[str]) -> str
     return capsys.readouterr().out
 
 
-def test_better_anchors_are_proposed_and_reach_what_is_said(
+def test_better_anchors_are_proposed_and_reach_the_printed_recall(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write(tmp_path / "specks", [20, 21, 22])
@@ -112,7 +112,7 @@ def test_better_anchors_are_proposed_and_reach_what_is_said(
     assert float(proposed) >= 0.98 and "at least 0.98: keep them" in again
 
 
-def test_good_anchors_are_kept_and_too_small_boxes_said(
+def test_good_anchors_are_kept_and_boxes_too_small_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = report(write(tmp_path / "large", [40, 60, 80]), capsys=capsys)
@@ -121,7 +121,7 @@ def test_good_anchors_are_kept_and_too_small_boxes_said(
     assert "no anchors that were tried reach 0.98; train at a larger --min-size" in said
 
 
-def test_what_cannot_be_fitted_is_said(tmp_path: Path) -> None:
+def test_data_without_boxes_and_other_models_are_refused(tmp_path: Path) -> None:
     folder = str(write(tmp_path / "crowds", [40], crowd=True))
     with pytest.raises(UserError, match="has no boxes"):
         visualize.main(["anchor-fit", "--data-path", folder])
@@ -151,14 +151,14 @@ def test_the_default_anchors_are_torchvisions() -> None:
         (["--anchor-ratios", "nan"], "nan is out of range; give a number greater than 0"),
     ],
 )
-def test_anchors_that_cannot_be_are_refused(flags: list[str], message: str) -> None:
+def test_impossible_anchors_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         args = options.parse_args([*flags, "--dataset", "shapes"])
         make_anchor_generator(args.anchor_sizes, args.anchor_ratios)
 
 
 @pytest.mark.parametrize("name", ["retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2"])
-def test_other_ratios_make_another_head_that_begins_alike(name: str) -> None:
+def test_other_ratios_change_the_head_but_not_its_initialization(name: str) -> None:
     torch.manual_seed(0)
     model: Any = build_model(name, LABEL_MAP, min_size=64, max_size=64, anchor_ratios=[0.3, 1])
     scores, boxes = model.head.classification_head.cls_logits, model.head.regression_head.bbox_reg

@@ -1,4 +1,4 @@
-"""Every subcommand of tools.benchmark runs, compares like with like, and counts what it says.
+"""Every subcommand of tools.benchmark runs, compares the same work, and counts what it reports.
 
 python -m pytest tests/test_benchmark.py
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 from torch import nn
 from torchvision.io import read_image
 
@@ -112,7 +112,7 @@ def test_data_prints_start_up_workers_order_and_padding(
     assert kept == {"tiny-1", ".tiny-1.lock"}  # nothing but the generated file stays
 
 
-def test_generated_file_is_what_it_says_and_both_sides_see_the_same(tmp_path: Path) -> None:
+def test_generated_file_has_the_stated_numbers_and_both_sides_read_the_same(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     benchmark_data.write_file(path, 200, 1_000, outlines=True)
     document = json.loads(path.read_text())

@@ -130,7 +130,7 @@ def test_derivatives_agree_with_differences() -> None:
         )
 
 
-def test_crowded_pyramids_and_other_heads_are_left_to_the_head() -> None:
+def test_crowded_pyramids_and_other_heads_use_the_dense_head() -> None:
     sizes = [(16, 16)]
     features = make_features(sizes, 1)
     one, many = (random_foreground(sizes, 1, count) for count in (1, 200))

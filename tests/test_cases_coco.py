@@ -1,4 +1,4 @@
-"""COCO folders as exporting tools and people write them: the right boxes, or a refusal that helps.
+"""COCO folders as tools and people write them: the right boxes, or a refusal with the fix.
 
 Each case is drawn here: red boxes at (10 + i % 7, 10 + i % 5, 40, 30) and blue ones at
 (70, 40, 30, 40) in images of 120 x 90 pixels. python -m pytest tests/test_cases_coco.py
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from helpers import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -62,7 +62,7 @@ def folder(
     name: Callable[[int], str] = lambda i: f"im{i}.jpg",
     write: Callable[[Document], bytes] = lambda document: json.dumps(document).encode(),
 ) -> Path:
-    """Draw a COCO folder: `change(document, split)`, file `name(i)`, bytes as `write` says."""
+    """Draw a COCO folder: `change(document, split)`, file `name(i)`, bytes from `write`."""
     (root / "annotations").mkdir(parents=True)
     for split in SPLITS:
         document = plain(split)
@@ -373,13 +373,13 @@ def read(root: Path) -> list[coco_arrays.Annotations]:
 
 def boxes_in(root: Path) -> dict[str, list[tuple[str, str, list[float]]]]:
     """Return what training sees of each split: (file, class, box xyxy), sorted."""
-    found = {}
+    boxes = {}
     label_map: list[dict[str, Any]] = []
     for split, packed in zip(SPLITS, read(root), strict=True):
         label_map = label_map or coco_utils.label_categories(packed.categories)
         names = {c["label"]: c["name"] for c in label_map}
         data = coco_utils.CocoDetection(root / f"{split}2017", packed, label_map)
-        found[split] = []
+        boxes[split] = []
         for i in range(len(data)):
             image, target = data[0, i]
             assert image.shape == (3, 90, 120)
@@ -388,8 +388,8 @@ def boxes_in(root: Path) -> dict[str, list[tuple[str, str, list[float]]]]:
                 brightest = "red" if image[0, y, x] > image[2, y, x] else "blue"
                 assert names[label] == brightest  # the box lies where it is drawn
                 name = Path(packed.file_name(i)).name
-                found[split].append((name.lower(), names[label], box))
-    return found
+                boxes[split].append((name.lower(), names[label], box))
+    return boxes
 
 
 def expected(images: range, name: Callable[[int], str]) -> list[tuple[str, str, list[float]]]:
@@ -401,21 +401,21 @@ def expected(images: range, name: Callable[[int], str]) -> list[tuple[str, str, 
 
 
 @pytest.mark.parametrize("case", USED)
-def test_what_has_one_meaning_is_used_with_a_warning_that_counts(
+def test_unambiguous_input_is_used_with_a_warning_and_a_count(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options, classes, warnings = USED[case]
     root = folder(tmp_path / "data", **options)
     with caplog.at_level(logging.WARNING, "retinanet"):
-        found = boxes_in(root)
+        boxes = boxes_in(root)
     right = expected(range(2 if "cut" in case else 4), options.get("name", lambda i: f"im{i}.jpg"))
-    assert sorted(found["train"]) == sorted(right)
-    assert sorted(found["val"]) == sorted(r for r in right if "c15" not in case or r[1] == "red")
+    assert sorted(boxes["train"]) == sorted(right)
+    assert sorted(boxes["val"]) == sorted(r for r in right if "c15" not in case or r[1] == "red")
     start = "instances_val2017.json: warning: "
-    told = [text for text in caplog.messages if text.startswith(start)]
+    messages = [text for text in caplog.messages if text.startswith(start)]
     assert [name for _, name in read(root)[0].categories] == classes
-    assert len(told) == len(warnings)
-    for text, warning in zip(told, warnings, strict=True):
+    assert len(messages) == len(warnings)
+    for text, warning in zip(messages, warnings, strict=True):
         assert text.startswith(start + warning)
         assert len(text.removeprefix(start[:24])) <= 200
 
@@ -429,8 +429,8 @@ def test_links_to_files_elsewhere_are_used(
     for path in root.glob("*2017/*.jpg"):
         blob = path.rename(tmp_path / "blobs" / f"{path.parent.name}-{path.stem}")
         path.symlink_to(blob)
-    found = boxes_in(root)
-    assert sorted(found["train"]) == sorted(expected(range(4), lambda i: f"im{i}.jpg"))
+    boxes = boxes_in(root)
+    assert sorted(boxes["train"]) == sorted(expected(range(4), lambda i: f"im{i}.jpg"))
     assert caplog.messages == []
 
 
@@ -472,7 +472,7 @@ def some_thin(document: Document, split: str) -> None:
         row.update(bbox=[70, 40, 0.5, 40], iscrowd=0)
 
 
-# How it is drawn, and what the refusal says of train.
+# How it is drawn, and the message about train.
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "c07 numbers as text": (
         {"change": rows("annotations", number("bbox", lambda box: [str(v) for v in box]))},
@@ -564,7 +564,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_ambiguous_is_refused_in_short_lines(case: str, tmp_path: Path) -> None:
+def test_ambiguous_input_is_refused_in_short_lines(case: str, tmp_path: Path) -> None:
     options, errors = REFUSED[case]
     root = folder(tmp_path / "data", **options)
     with pytest.raises(UserError) as caught:
@@ -579,7 +579,7 @@ def test_what_is_ambiguous_is_refused_in_short_lines(case: str, tmp_path: Path) 
         assert "--keep-empty" in text
 
 
-def test_two_corners_are_told_by_statistics(
+def test_boxes_of_two_corners_are_detected_by_statistics(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """c17: large boxes leave the image as x y w h, none does as x1 y1 x2 y2."""
@@ -589,12 +589,12 @@ def test_two_corners_are_told_by_statistics(
         row["bbox"] = [x, y, x + w, y + h]
 
     read(folder(tmp_path, rows("annotations", corners)))
-    (told,) = [t for t in caplog.messages if "train2017" in t and "x1 y1 x2 y2" in t]
-    assert "4 of 8 leave the image as x y w h, 0 so (are they?" in told
+    (message,) = [t for t in caplog.messages if "train2017" in t and "x1 y1 x2 y2" in t]
+    assert "4 of 8 leave the image as x y w h, 0 so (are they?" in message
 
 
 @pytest.mark.parametrize("as_corners", [True, False])
-def test_small_boxes_of_two_corners_are_told_by_correlation(
+def test_small_boxes_of_two_corners_are_detected_by_correlation(
     as_corners: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They lie in the upper left quarter, so that none leaves the image either way."""
@@ -609,9 +609,9 @@ def test_small_boxes_of_two_corners_are_told_by_correlation(
             document["annotations"].append({**row, "bbox": [int(v) for v in box], "area": 9})
 
     read(folder(tmp_path, change))
-    told = [text for text in caplog.messages if "x1 y1 x2 y2" in text]
-    assert len(told) == (2 if as_corners else 0)
-    assert all("w grows with x, and h with y, in 60 boxes" in text for text in told)
+    messages = [text for text in caplog.messages if "x1 y1 x2 y2" in text]
+    assert len(messages) == (2 if as_corners else 0)
+    assert all("w grows with x, and h with y, in 60 boxes" in text for text in messages)
 
 
 def test_large_boxes_within_the_image_are_no_corners(
@@ -627,7 +627,7 @@ def test_large_boxes_within_the_image_are_no_corners(
     assert caplog.messages == []
 
 
-def test_one_file_or_image_in_both_splits_is_told(
+def test_a_file_or_image_in_both_splits_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = folder(tmp_path)
@@ -638,12 +638,12 @@ def test_one_file_or_image_in_both_splits_is_told(
     for same in (same_file, same_images, same_annotations):
         caplog.clear()
         read_splits(paths | same, ["val", "train"])
-        (told,) = caplog.messages
-        assert "images that are in train and val (4): 'im0.jpg', 'im1.jpg'" in told
+        (message,) = caplog.messages
+        assert "images that are in train and val (4): 'im0.jpg', 'im1.jpg'" in message
 
 
 @pytest.mark.parametrize("case", ["c25 no boxes", "c43 crowds only"])
-def test_every_command_refuses_a_set_without_boxes_or_says_so(
+def test_every_command_refuses_a_set_without_boxes_or_reports_it(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = folder(tmp_path / "data", **REFUSED[case][0])
@@ -687,9 +687,9 @@ def test_an_image_that_resizing_leaves_without_a_pixel_is_refused(
     assert lines == [f"  error: {what}: 3 'im2.jpg' of 1 x 5000 (crop them, or take them out)"]
     flags = ["--data-path", str(root), "-j", "1", "--min-size", "64"]
     assert check_data.main([*flags, "--max-size", "64"]) == 1
-    told = capsys.readouterr().out
-    assert re.search(rf"ERROR +1  {odd}: {what}\n +3 'im2.jpg' of 1 x 5000\n", told)
-    assert told.count(what) == 1
+    printed = capsys.readouterr().out
+    assert re.search(rf"ERROR +1  {odd}: {what}\n +3 'im2.jpg' of 1 x 5000\n", printed)
+    assert printed.count(what) == 1
     check_data.main([*flags, "--max-size", "5000"])
     assert what not in capsys.readouterr().out
 
@@ -731,7 +731,9 @@ def test_val_with_another_class_is_refused(tmp_path: Path) -> None:
     assert check_data.main(["--data-path", str(root), "-j", "1"]) == 1
 
 
-def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_names_of_one_file_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def change(document: Document, split: str) -> None:
         document["images"][0]["file_name"] = "im1.JPG"
 
@@ -739,7 +741,7 @@ def test_two_names_of_one_file_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert any("images that share a file: 'im1.jpg' (join them" in text for text in caplog.messages)
 
 
-def test_each_folder_is_looked_through_once_for_other_spellings(
+def test_each_folder_is_listed_once_to_find_other_spellings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder of 100,000 images in which every suffix is in capitals is no hours of work."""
@@ -822,8 +824,8 @@ def test_damaged_json_is_refused_or_has_the_right_boxes(
     root = tmp_path_factory.mktemp("damaged") / "data"
     folder(root, lambda d, split: document)
     try:
-        found = boxes_in(root)["train"]
+        boxes = boxes_in(root)["train"]
     except UserError:
         return
     right = expected(range(4), lambda i: f"im{i}.jpg")
-    assert all(row in right for row in found)
+    assert all(row in right for row in boxes)

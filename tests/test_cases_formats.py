@@ -1,4 +1,4 @@
-"""VOC and YOLO folders and images as exporting tools write them: used, or refused, as they should.
+"""VOC and YOLO folders and images as tools write them: used, or refused with the fix.
 
 python -m pytest tests/test_cases_formats.py
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, run_script
+from helpers import TINY, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -113,21 +113,21 @@ def read(
     """Return boxes as (name, box) by image of each split, and all findings of the conversion."""
     paths = conversion.coco_paths(layout, root)
     boxes: dict[str, dict[str, list[Any]]] = {}
-    found = []
+    findings = []
     for split in labelled.SPLITS:
         file = paths[f"{split}_annotations"]
-        found += conversion.kept_findings(file)
-        about, errors = coco_json.read_annotations(file)
+        findings += conversion.kept_findings(file)
+        annotations, errors = coco_json.read_annotations(file)
         assert all(finding.severity == "warning" for finding in errors)
-        names = [about.categories[i][1] for i in about.category_index]
-        rows = list(zip(names, about.boxes_xywh.round(3).tolist(), strict=True))
+        names = [annotations.categories[i][1] for i in annotations.category_index]
+        rows = list(zip(names, annotations.boxes_xywh.round(3).tolist(), strict=True))
         boxes[split] = {}
-        for i in range(len(about)):
-            size, folder = tuple(about.sizes[i].tolist()), paths[f"{split}_images"]
-            image_files.read_image(folder / about.file_name(i), folder, size)
-            own = rows[about.offsets[i] : about.offsets[i + 1]]
-            boxes[split][about.file_name(i)] = [(name, list(box)) for name, box in own]
-    return boxes, found
+        for i in range(len(annotations)):
+            size, folder = tuple(annotations.sizes[i].tolist()), paths[f"{split}_images"]
+            image_files.read_image(folder / annotations.file_name(i), folder, size)
+            of_image = rows[annotations.offsets[i] : annotations.offsets[i + 1]]
+            boxes[split][annotations.file_name(i)] = [(name, list(box)) for name, box in of_image]
+    return boxes, findings
 
 
 def require_right_boxes(
@@ -136,17 +136,17 @@ def require_right_boxes(
     """Hold boxes to the drawing, within a thousandth of a pixel (labels have six decimals)."""
     assert {split: len(rows) for split, rows in boxes.items()} == {"train": 3, "val": 2}
     for rows in boxes.values():
-        for file_name, own in rows.items():
+        for file_name, of_image in rows.items():
             i = int(re.findall(r"[tv](\d)", file_name)[-1])
-            assert [name for name, _ in own] == list(names)
-            for (_, box), right in zip(own, [red(i), BLUE], strict=False):
+            assert [name for name, _ in of_image] == list(names)
+            for (_, box), right in zip(of_image, [red(i), BLUE], strict=False):
                 np.testing.assert_allclose(box, right, rtol=0, atol=1e-3)
 
 
-def warned(found: list[coco_rules.Finding]) -> dict[str, int]:
+def warned(findings: list[coco_rules.Finding]) -> dict[str, int]:
     """Return the count of each rule over both splits."""
     counts: dict[str, int] = {}
-    for finding in found:
+    for finding in findings:
         assert finding.severity == "warning"
         counts[finding.what] = counts.get(finding.what, 0) + finding.count
     return counts
@@ -186,9 +186,9 @@ def rename(pattern: str, old: str, new: str) -> Edit:
         paths = sorted(root.glob(pattern))
         assert paths
         for path in paths:
-            place = root / path.relative_to(root).as_posix().replace(old, new)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(place)
+            target = root / path.relative_to(root).as_posix().replace(old, new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
 
     return edit
 
@@ -619,11 +619,11 @@ def layout_of(case: str, edit: Edit, tmp_path: Path) -> tuple[str, Path]:
 
 
 @pytest.mark.parametrize("case", USED)
-def test_what_is_unambiguous_is_used_and_counted(case: str, tmp_path: Path) -> None:
+def test_unambiguous_folders_are_used_with_a_count(case: str, tmp_path: Path) -> None:
     edit, names, counts = USED[case]
-    boxes, found = read(*layout_of(case, edit, tmp_path))
+    boxes, findings = read(*layout_of(case, edit, tmp_path))
     require_right_boxes(boxes, names)
-    assert warned(found) == counts
+    assert warned(findings) == counts
 
 
 LINE = "labels/train/t1.txt"
@@ -686,12 +686,12 @@ CHANGED: dict[str, tuple[Edit, list[Any], dict[str, int]]] = {
 @pytest.mark.parametrize("case", CHANGED)
 def test_boxes_that_are_changed_are_counted(case: str, tmp_path: Path) -> None:
     edit, expected, counts = CHANGED[case]
-    boxes, found = read(*layout_of(case, edit, tmp_path))
-    own = boxes["train"]["t1.png"]
-    assert [name for name, _ in own] == [name for name, _ in expected]
-    for (_, box), (_, right) in zip(own, expected, strict=True):
+    boxes, findings = read(*layout_of(case, edit, tmp_path))
+    actual = boxes["train"]["t1.png"]
+    assert [name for name, _ in actual] == [name for name, _ in expected]
+    for (_, box), (_, right) in zip(actual, expected, strict=True):
         np.testing.assert_allclose(box, right, rtol=0, atol=2e-3)
-    assert warned(found) == counts
+    assert warned(findings) == counts
 
 
 def two_voc_folders(root: Path) -> None:
@@ -701,7 +701,7 @@ def two_voc_folders(root: Path) -> None:
         shutil.rmtree(root / name)
 
 
-# case: the edit, and what the message must say.
+# case: the edit, and the parts of the message.
 REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "v08_utf8_declared_wrong": (
         in_files(
@@ -868,7 +868,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_ambiguous_is_refused_with_file_and_fix(case: str, tmp_path: Path) -> None:
+def test_ambiguous_folders_are_refused_with_file_and_fix(case: str, tmp_path: Path) -> None:
     edit, patterns = REFUSED[case]
     layout, root = layout_of(case, edit, tmp_path)
     with pytest.raises(UserError) as caught:
@@ -903,8 +903,8 @@ def test_pipes_and_devices_are_not_opened(
     else:
         (root / file).symlink_to(target)
     if file.startswith("images"):
-        boxes, found = read("yolo", root)
-        assert "t1.png" not in boxes["train"] and warned(found) == {
+        boxes, findings = read("yolo", root)
+        assert "t1.png" not in boxes["train"] and warned(findings) == {
             "label files without an image": 1
         }
         return
@@ -970,15 +970,15 @@ def test_e01_yolo_boxes_lie_where_viewers_show_them(
                 root / "labels" / split / f"o{orientation}.txt", f"0 {' '.join(map(str, shares))}"
             )
     paths = conversion.coco_paths("yolo", root)
-    about, _ = coco_json.read_annotations(paths["train_annotations"])
-    assert len(about) == 8
-    np.testing.assert_allclose(about.boxes_xywh, [red(1)] * 8)
+    annotations, _ = coco_json.read_annotations(paths["train_annotations"])
+    assert len(annotations) == 8
+    np.testing.assert_allclose(annotations.boxes_xywh, [red(1)] * 8)
     for i in range(8):
-        file, folder = about.file_name(i), paths["train_images"]
-        pixels = image_files.read_image(folder / file, folder, tuple(about.sizes[i].tolist()))
+        file, folder = annotations.file_name(i), paths["train_images"]
+        pixels = image_files.read_image(folder / file, folder, tuple(annotations.sizes[i].tolist()))
         rows, columns = np.nonzero(is_red(pixels.permute(1, 2, 0).numpy()))
-        found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        assert found == [x, y, x + w, y + h], file
+        extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert extent == [x, y, x + w, y + h], file
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
@@ -989,8 +989,8 @@ def test_voc_follows_the_size_and_warns_where_it_cannot_tell(
     root = voc(tmp_path / "data")
     image, exif = turned_back(picture(1, size), orientation)
     image.save(root / "JPEGImages" / "t1.png", exif=exif)
-    told = orientation >= 5 and size == SIZE
-    for width, height, is_shown in ((*size, True), (*image.size, not told)):
+    is_clear = orientation >= 5 and size == SIZE
+    for width, height, is_shown in ((*size, True), (*image.size, not is_clear)):
         path = root / "Annotations" / "t1.xml"
         text = re.sub(
             "<width>.*</height>",
@@ -998,9 +998,9 @@ def test_voc_follows_the_size_and_warns_where_it_cannot_tell(
             xml(1, "t1.png"),
         )
         write(path, text.replace(f"{SIZE}", ""))
-        boxes, found = read("voc", root)
+        boxes, findings = read("voc", root)
         rule = "image files turned by EXIF, which their size cannot confirm"
-        assert warned(found).get(rule, 0) == (0 if told else 1)
+        assert warned(findings).get(rule, 0) == (0 if is_clear else 1)
         folder = root / "JPEGImages"
         pixels = image_files.read_image(folder / "t1.png", folder, (height, width))
         right = picture(1, size) if is_shown else image
@@ -1051,7 +1051,7 @@ def test_slow_formats_are_read_by_pil_and_are_named(kind: str, tmp_path: Path) -
         (b"<!DOCTYPE html><html></html>", "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
     ],
 )
-def test_what_would_be_read_wrongly_is_refused(
+def test_images_that_decoders_would_misread_are_refused(
     content: bytes, message: str, tmp_path: Path
 ) -> None:
     write(tmp_path / "a", content)
@@ -1080,12 +1080,14 @@ DAMAGE = settings(
 def damaged(text: str) -> st.SearchStrategy[bytes]:
     """Cut, doubled or overwritten pieces of a text."""
     data = text.encode()
-    place = st.integers(0, len(data) - 1)
+    position = st.integers(0, len(data) - 1)
     piece = st.one_of(
         st.binary(max_size=3),
         st.sampled_from([b"\n", b"'", b'"', b"<", b"&", b": ", b"- ", b"nan", b"0"]),
     )
-    return st.builds(lambda a, n, p: data[:a] + p + data[a + n :], place, st.integers(0, 30), piece)
+    return st.builds(
+        lambda a, n, p: data[:a] + p + data[a + n :], position, st.integers(0, 30), piece
+    )
 
 
 def values_in(content: bytes) -> set[float]:
@@ -1094,7 +1096,7 @@ def values_in(content: bytes) -> set[float]:
 
 @DAMAGE
 @given(content=damaged(label(1)))
-def test_damaged_label_text_is_refused_or_read_as_it_says(content: bytes, tmp_path: Path) -> None:
+def test_damaged_label_text_is_refused_or_read_literally(content: bytes, tmp_path: Path) -> None:
     root = tmp_path / "data"
     if not root.exists():
         yolo(root)
@@ -1124,7 +1126,7 @@ def extent(row: list[float]) -> list[float]:
 
 @DAMAGE
 @given(content=damaged(xml(1, "t1.png")))
-def test_damaged_xml_is_refused_or_read_as_it_says(content: bytes, tmp_path: Path) -> None:
+def test_damaged_xml_is_refused_or_read_literally(content: bytes, tmp_path: Path) -> None:
     root = tmp_path / "data"
     if not root.exists():
         voc(root)
@@ -1142,7 +1144,9 @@ def test_damaged_xml_is_refused_or_read_as_it_says(content: bytes, tmp_path: Pat
 
 @DAMAGE
 @given(content=damaged(yaml_text("\n  0: 'red, dark'\n  1: blue #2")))
-def test_damaged_yaml_is_refused_or_read_as_yaml_says(content: bytes, tmp_path: Path) -> None:
+def test_damaged_yaml_is_refused_or_read_by_the_rules_of_yaml(
+    content: bytes, tmp_path: Path
+) -> None:
     import yaml
 
     root = tmp_path / "data"
@@ -1166,14 +1170,16 @@ def converted(folder: Path) -> dict[str, dict[str, list[Any]]]:
     """Return (name, box) by image of a folder that tools.convert wrote, having read the images."""
     boxes: dict[str, dict[str, list[Any]]] = {}
     for split in labelled.SPLITS:
-        about, _ = coco_json.read_annotations(folder / f"annotations/instances_{split}2017.json")
+        annotations, _ = coco_json.read_annotations(
+            folder / f"annotations/instances_{split}2017.json"
+        )
         boxes[split] = {}
-        for i in range(len(about)):
-            root, file = folder / f"{split}2017", about.file_name(i)
-            image_files.read_image(root / file, root, tuple(about.sizes[i].tolist()))
-            start, end = about.offsets[i : i + 2]
-            names = [about.categories[k][1] for k in about.category_index[start:end]]
-            rows = about.boxes_xywh[start:end].round(3).tolist()
+        for i in range(len(annotations)):
+            root, file = folder / f"{split}2017", annotations.file_name(i)
+            image_files.read_image(root / file, root, tuple(annotations.sizes[i].tolist()))
+            start, end = annotations.offsets[i : i + 2]
+            names = [annotations.categories[k][1] for k in annotations.category_index[start:end]]
+            rows = annotations.boxes_xywh[start:end].round(3).tolist()
             boxes[split][file] = list(zip(names, rows, strict=True))
     return boxes
 
@@ -1253,8 +1259,10 @@ def test_convert_draws_a_split_where_there_is_none(layout: str, tmp_path: Path) 
         drawn[output.name] = sorted(boxes["val"])
     assert drawn["out0"] == drawn["out1"] and len(set(map(tuple, drawn.values()))) > 1
     if layout == "coco":
-        about, _ = coco_json.read_annotations(tmp_path / "out0/annotations/instances_val2017.json")
-        assert about.categories == ((3, "red"), (7, "blue"))  # ids stay
+        annotations, _ = coco_json.read_annotations(
+            tmp_path / "out0/annotations/instances_val2017.json"
+        )
+        assert annotations.categories == ((3, "red"), (7, "blue"))  # ids stay
 
 
 def test_convert_takes_coco_images_that_share_a_file(tmp_path: Path) -> None:
@@ -1294,7 +1302,7 @@ def test_frames_of_one_video_stay_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["voc", "yolo", "coco"])
-def test_two_lines_lead_from_each_layout_to_training(layout: str, tmp_path: Path) -> None:
+def test_two_commands_lead_from_each_layout_to_training(layout: str, tmp_path: Path) -> None:
     if layout == "voc":
         root = voc(tmp_path / "data")
         REFUSED["v09_kaggle_flat"][0](root)
@@ -1330,7 +1338,7 @@ def test_training_logs_what_the_conversion_found(
 def test_a_file_that_changes_is_converted_again(tmp_path: Path) -> None:
     root = yolo(tmp_path / "data")
     require_right_boxes(read("yolo", root)[0])
-    about = (root / LINE).stat()
+    stat = (root / LINE).stat()
     write(root / LINE, label(1).splitlines()[1])
-    os.utime(root / LINE, ns=(about.st_atime_ns, about.st_mtime_ns))
+    os.utime(root / LINE, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert [name for name, _ in read("yolo", root)[0]["train"]["t1.png"]] == ["blue"]

@@ -8,7 +8,6 @@ in half first.
 import errno
 import logging
 import os
-import pickle
 import random
 import resource
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import flip_a_bit, sidecar, truncate, write_malice
 
 from runtime import checkpoint, resuming
 from runtime.checkpoint import NEWEST, PREVIOUS
@@ -70,7 +70,7 @@ def sha256sum(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """What the project's logger says, whatever other tests made of its handlers."""
+    """The warnings of the project's logger, independent of its handlers."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -116,7 +116,7 @@ def test_sidecars_are_accepted_by_sha256sum(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == sorted(f"{name}: OK" for name in expected)
 
 
-def test_the_checkpoint_before_stays_at_hand_and_nothing_else(tmp_path: Path) -> None:
+def test_a_save_keeps_the_checkpoint_before_and_no_other_file(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         checkpoint.save(state(step), tmp_path / NEWEST)
     assert_holds(tmp_path / NEWEST, 3)
@@ -124,7 +124,7 @@ def test_the_checkpoint_before_stays_at_hand_and_nothing_else(tmp_path: Path) ->
     assert len(list(tmp_path.iterdir())) == 4
 
 
-def test_a_file_system_without_links_keeps_the_checkpoint_before_as_well(
+def test_a_file_system_without_links_also_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(source: Path, target: Path) -> None:
@@ -187,16 +187,6 @@ def test_content_is_on_the_disk_before_it_gets_its_name(
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
 def empty(path: Path) -> None:
     os.truncate(path, 0)
 
@@ -210,10 +200,6 @@ def zero_a_block(path: Path) -> None:
 
 def append_a_byte(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
-
-
-def sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
 
 
 def lose_the_sidecar(path: Path) -> None:
@@ -246,7 +232,7 @@ Damage = Callable[[Path], None]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_falls_back_loudly(
+def test_a_damaged_checkpoint_is_logged_and_the_one_before_is_used(
     tmp_path: Path, damage: Damage, warnings: list[str]
 ) -> None:
     for step in (1, 2):
@@ -259,7 +245,9 @@ def test_a_damaged_checkpoint_falls_back_loudly(
     assert str(tmp_path / NEWEST) in warnings[0] and "damaged" in warnings[0]
 
 
-def test_an_intact_checkpoint_is_taken_in_silence(tmp_path: Path, warnings: list[str]) -> None:
+def test_an_intact_checkpoint_is_used_without_a_warning(
+    tmp_path: Path, warnings: list[str]
+) -> None:
     for step in (1, 2):
         checkpoint.save(state(step), tmp_path / NEWEST)
     flip_a_bit(tmp_path / PREVIOUS)
@@ -601,24 +589,6 @@ def _disk_is_full_at(patch: pytest.MonkeyPatch, number: int) -> None:
 # --- malice ---------------------------------------------------------------------------------------
 
 
-class Malice:
-    """Unpickling it creates a file."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.canary),)
-
-
-def write_malice(path: Path, canary: Path, form: str) -> None:
-    content = {"model": {"w": torch.zeros(2)}, "args": Malice(canary)}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-
-
 @pytest.mark.parametrize("has_sidecar", [False, True])
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_malicious_checkpoint_is_refused_and_does_nothing(
@@ -637,7 +607,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy"])
-def test_the_malice_would_work_on_who_unpickles_it(tmp_path: Path, form: str) -> None:
+def test_the_malicious_file_works_if_it_is_unpickled(tmp_path: Path, form: str) -> None:
     # Else the test above could not fail.
     write_malice(tmp_path / NEWEST, tmp_path / "canary", form)
     torch.load(tmp_path / NEWEST, weights_only=False)
@@ -668,8 +638,16 @@ def test_pruning_keeps_the_newest_epochs_and_every_other_checkpoint(tmp_path: Pa
 
 
 STRANGERS = (
-    *("model_best.pth", "model_0 (1).pth", "model_final.pth", "model_01.pth", "model_-1.pth"),
-    *("model_1.pth.bak", "my.tmp", "notes.pth.tmp", "checkpoint.pth.old", "model_²۳.pth"),
+    "model_best.pth",
+    "model_0 (1).pth",
+    "model_final.pth",
+    "model_01.pth",
+    "model_-1.pth",
+    "model_1.pth.bak",
+    "my.tmp",
+    "notes.pth.tmp",
+    "checkpoint.pth.old",
+    "model_²۳.pth",
 )
 
 
@@ -696,7 +674,7 @@ def test_files_of_other_names_are_never_counted_read_or_deleted(
 
 
 @pytest.mark.parametrize("name", [NEWEST, "best.pth", "model_3.pth"])
-def test_a_folder_with_a_checkpoint_is_no_place_for_a_new_run(tmp_path: Path, name: str) -> None:
+def test_a_new_run_is_refused_in_a_folder_with_a_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("of some run, without args.json")
     with pytest.raises(UserError, match=f"holds a run .*{name}.*--resume auto"):
         checkpoint.require_unused(tmp_path)
@@ -829,7 +807,7 @@ def test_a_reader_of_a_file_that_is_being_replaced_never_finds_it_damaged(tmp_pa
 # --- the same run ---------------------------------------------------------------------------------
 
 
-def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(warnings: list[str]) -> None:
+def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(warnings: list[str]) -> None:
     now, defaults = {"lr": 0.1, "loss": "focal"}, {"loss": "focal"}
     resuming.check_same_run({"lr": 0.1}, now, (), Path("c.pth"), defaults)
     assert warnings == []
@@ -838,10 +816,10 @@ def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(warnings: lis
 
 
 def test_changed_data_is_named_in_words_and_not_by_its_hash() -> None:
-    told = {"data": lambda: "training data: images 3 → 2"}
+    explained = {"data": lambda: "training data: images 3 → 2"}
     with pytest.raises(UserError, match="training data: images 3 → 2; give the old") as error:
         resuming.check_same_run(
-            {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=told
+            {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=explained
         )
     assert "a" * 64 not in str(error.value) and "b" * 64 not in str(error.value)
 
@@ -863,7 +841,10 @@ def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tu
         "ema": None,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
-        **{"epoch": 0, "step": 1, "position": 1, "window": {"loss": 1.0}},
+        "epoch": 0,
+        "step": 1,
+        "position": 1,
+        "window": {"loss": 1.0},
         "evaluations": {0: 0.5},
         "args": {"batches_per_step": 1},
         "categories": [{"id": 1, "name": "a", "label": 1}],

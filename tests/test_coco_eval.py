@@ -55,7 +55,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Case:
-    """A random data set and what a model found in it, by image; labels follow `label_map`."""
+    """A random data set and what a model  in it, by image; labels follow `label_map`."""
 
     truth: Truth
     detections: Detections
@@ -67,10 +67,10 @@ def make_case(
     num_images: int = 5,
     num_categories: int = 3,
     objects: int = 4,
-    found: int = 6,
+    detected: int = 6,
     crowds: float = 0.2,
 ) -> Case:
-    """Draw a case: up to `objects` and `found` boxes per image, some images without."""
+    """Draw a case: up to `objects` and `detected` boxes per image, some images without."""
     draw = np.random.default_rng(seed)
     image_ids = draw.permutation(np.array(IDS, dtype=np.int64))[:num_images]
     category_ids = np.sort(draw.permutation(90)[:num_categories] + 1)
@@ -93,7 +93,7 @@ def make_case(
     detections = []
     for number in range(num_images):
         mine = np.flatnonzero(image == number)
-        count = int(draw.integers(0, found + 1)) * int(draw.random() < 0.85)
+        count = int(draw.integers(0, detected + 1)) * int(draw.random() < 0.85)
         xywh = draw.integers(0, 9, (count, 4)) * 8.0 + [0, 0, 8, 8]
         labels = draw.integers(1, num_categories + 1, count)
         if len(mine):  # most lie on an object, or near it
@@ -124,7 +124,7 @@ CASES = st.builds(
     num_images=st.integers(1, 7),
     num_categories=st.integers(1, 4),
     objects=st.integers(0, 6),
-    found=st.sampled_from([0, 1, 6, 15]),
+    detected=st.sampled_from([0, 1, 6, 15]),
     crowds=st.sampled_from([0.0, 0.2, 1.0]),
 )
 
@@ -165,9 +165,9 @@ def results_of(case: Case) -> list[dict[str, Any]]:
         if name == entry["name"]
     }
     results = []
-    for image_id, found in zip(case.truth.image_ids, case.detections, strict=True):
-        boxes = found["boxes"].numpy()
-        for box, score, label in zip(boxes, found["scores"], found["labels"], strict=True):
+    for image_id, detected in zip(case.truth.image_ids, case.detections, strict=True):
+        boxes = detected["boxes"].numpy()
+        for box, score, label in zip(boxes, detected["scores"], detected["labels"], strict=True):
             results.append(
                 {
                     "image_id": int(image_id),
@@ -180,17 +180,17 @@ def results_of(case: Case) -> list[dict[str, Any]]:
 
 
 def reference(case: Case, results: list[dict[str, Any]] | Path | None = None) -> Scores:
-    """Score with pycocotools alone."""
+    """Score with pycocotools only."""
     results = results_of(case) if results is None else results
     coco, printed = truth_of(case), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         if results:
-            found = coco.loadRes(str(results) if isinstance(results, Path) else results)
+            results_of_coco = coco.loadRes(str(results) if isinstance(results, Path) else results)
         else:  # loadRes fails on an empty list
-            found = COCO()
-            found.dataset = {**coco.dataset, "annotations": []}
-            found.createIndex()
-        evaluation = COCOeval(coco, found, "bbox")
+            results_of_coco = COCO()
+            results_of_coco.dataset = {**coco.dataset, "annotations": []}
+            results_of_coco.createIndex()
+        evaluation = COCOeval(coco, results_of_coco, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         with contextlib.redirect_stdout(printed):
@@ -243,13 +243,13 @@ def test_numbers_equal_pycocotools_for_any_processes_and_order(
     assert np.array_equal(rows, gathered(case)[1])
 
 
-def test_the_random_cases_hold_what_they_should() -> None:
+def test_the_random_cases_cover_crowds_empty_images_and_every_number() -> None:
     cases = [make_case(seed) for seed in range(40)]
     scored = [reference(case).metrics for case in cases]
     assert any(case.truth.iscrowd.any() for case in cases)
     assert any(np.diff(np.bincount(c.truth.image, minlength=5)).any() for c in cases)
     assert any(0 in np.bincount(case.truth.image, minlength=5) for case in cases)
-    assert any(len(found["scores"]) == 0 for case in cases for found in case.detections)
+    assert any(len(detected["scores"]) == 0 for case in cases for detected in case.detections)
     assert any((np.diff(case.truth.image_ids) < 0).any() for case in cases)
     assert any(2**63 - 1 in case.truth.image_ids for case in cases)
     for name in METRICS:  # each number takes many values
@@ -261,20 +261,23 @@ def test_the_random_cases_hold_what_they_should() -> None:
 def test_more_than_a_hundred_detections_of_a_class_are_cut_as_pycocotools_cuts(
     backend: str, seed: int
 ) -> None:
-    case = make_case(seed, num_images=2, num_categories=2, objects=30, found=600)
-    assert max(int(found["labels"].bincount(minlength=3).max()) for found in case.detections) > 100
+    case = make_case(seed, num_images=2, num_categories=2, objects=30, detected=600)
+    assert (
+        max(int(detected["labels"].bincount(minlength=3).max()) for detected in case.detections)
+        > 100
+    )
     evaluator, rows = gathered(case)
     assert_same(evaluator.score(rows, backend), reference(case))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "objects, found", [(0, 0), (0, 6), (6, 0)], ids=["nothing", "no objects", "no detections"]
+    "objects, detected", [(0, 0), (0, 6), (6, 0)], ids=["nothing", "no objects", "no detections"]
 )
 def test_without_objects_or_detections_the_numbers_are_those_of_pycocotools(
-    objects: int, found: int, backend: str
+    objects: int, detected: int, backend: str
 ) -> None:
-    case = make_case(0, objects=objects, found=found)
+    case = make_case(0, objects=objects, detected=detected)
     evaluator, rows = gathered(case)
     assert rows.shape == (sum(len(d["scores"]) for d in case.detections), 7)
     scores = evaluator.score(rows, backend)
@@ -284,16 +287,16 @@ def test_without_objects_or_detections_the_numbers_are_those_of_pycocotools(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_boxes_without_area_count_as_pycocotools_counts_them(backend: str) -> None:
-    case = make_case(5, found=10)
-    for found in case.detections:
-        found["boxes"][::2, 2:] = found["boxes"][::2, :2]
+    case = make_case(5, detected=10)
+    for detected in case.detections:
+        detected["boxes"][::2, 2:] = detected["boxes"][::2, :2]
     evaluator, rows = gathered(case)
     assert_same(evaluator.score(rows, backend), reference(case))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_area_is_the_annotations_own(backend: str) -> None:
-    case = make_case(2, objects=8, found=8, crowds=0)
+    case = make_case(2, objects=8, detected=8, crowds=0)
     evaluator, rows = gathered(case)
     by_annotation = evaluator.score(rows, backend).metrics
     sides = case.truth.boxes_xywh[:, 2:]
@@ -309,7 +312,8 @@ def test_a_label_map_of_another_order_names_the_classes(case: Case, shift: int) 
     count = len(case.label_map)
     moved = [{**c, "label": (c["label"] + shift - 1) % count + 1} for c in case.label_map]
     detections = [
-        {**found, "labels": (found["labels"] + shift - 1) % count + 1} for found in case.detections
+        {**detected, "labels": (detected["labels"] + shift - 1) % count + 1}
+        for detected in case.detections
     ]
     other = Case(case.truth, detections, moved)
     evaluator, rows = gathered(other)
@@ -321,16 +325,16 @@ def test_a_label_map_of_another_order_names_the_classes(case: Case, shift: int) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_that_no_class_has_count_for_nothing(backend: str, tmp_path: Path) -> None:
-    # A 91-label model may say one of the labels that COCO has no category for.
+    # A 91-label model may predict one of the labels that COCO has no category for.
     case = make_case(6)
     expected = reference(case)
     strange = [
         {
-            "boxes": torch.cat([found["boxes"], torch.tensor([[0.0, 0, 50, 50]])]),
-            "scores": torch.cat([found["scores"], torch.tensor([0.99])]),
-            "labels": torch.cat([found["labels"], torch.tensor([12])]),
+            "boxes": torch.cat([detected["boxes"], torch.tensor([[0.0, 0, 50, 50]])]),
+            "scores": torch.cat([detected["scores"], torch.tensor([0.99])]),
+            "labels": torch.cat([detected["labels"], torch.tensor([12])]),
         }
-        for found in case.detections
+        for detected in case.detections
     ]
     evaluator, rows = gathered(Case(case.truth, strange, case.label_map))
     assert_same(evaluator.score(rows, backend), expected)
@@ -359,7 +363,7 @@ def test_scoring_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_scoring_twice_gives_the_same() -> None:
-    evaluator, rows = gathered(make_case(8, found=15))
+    evaluator, rows = gathered(make_case(8, detected=15))
     for backend in BACKENDS:
         assert evaluator.score(rows, backend) == evaluator.score(rows, backend)
 
@@ -367,14 +371,16 @@ def test_scoring_twice_gives_the_same() -> None:
 def test_half_precision_detections_are_scored_as_float32() -> None:
     case = make_case(9)
     halves = [
-        {key: v.bfloat16() if v.is_floating_point() else v for key, v in found.items()}
-        for found in case.detections
+        {key: v.bfloat16() if v.is_floating_point() else v for key, v in detected.items()}
+        for detected in case.detections
     ]
     singles = [
-        {key: v.float() if v.is_floating_point() else v for key, v in found.items()}
-        for found in halves
+        {key: v.float() if v.is_floating_point() else v for key, v in detected.items()}
+        for detected in halves
     ]
-    rows = [gathered(Case(case.truth, found, case.label_map))[1] for found in (halves, singles)]
+    rows = [
+        gathered(Case(case.truth, detected, case.label_map))[1] for detected in (halves, singles)
+    ]
     assert np.array_equal(*rows)
 
 
@@ -406,7 +412,7 @@ def _evaluate_a_share(rank: int, world_size: int, seeds: list[int], folder: Path
     )
     processes = Processes(CPU, rank, world_size, dist.new_group(backend="gloo"))
     for seed in seeds:
-        case = make_case(seed, num_images=2 if seed == 0 else 7, found=20)
+        case = make_case(seed, num_images=2 if seed == 0 else 7, detected=20)
         evaluator = CocoEvaluator(case.truth, case.label_map)
         feed(evaluator, case, range(rank, len(case.detections), world_size), 2)
         rows = evaluator.gather(processes)
@@ -430,7 +436,7 @@ def test_real_processes_give_the_bits_of_one(tmp_path: Path, world_size: int) ->
         start_method="forkserver",
     )
     for seed in seeds:
-        case = make_case(seed, num_images=2 if seed == 0 else 7, found=20)
+        case = make_case(seed, num_images=2 if seed == 0 else 7, detected=20)
         evaluator, rows = gathered(case)
         assert np.load(tmp_path / f"{seed}.npy").tobytes() == rows.tobytes()
         expected = reference(case).metrics
@@ -440,7 +446,7 @@ def test_real_processes_give_the_bits_of_one(tmp_path: Path, world_size: int) ->
 
 
 def test_rows_are_by_image_and_in_the_models_order_within() -> None:
-    case = make_case(11, num_images=7, found=20)
+    case = make_case(11, num_images=7, detected=20)
     _, rows = gathered(case, world_size=3, order=[6, 0, 5, 1, 4, 2, 3])
     assert (np.diff(rows[:, 0]) >= 0).all()
     ranked = np.argsort(case.truth.image_ids)
@@ -466,10 +472,10 @@ def match_slowly(case: Case, confidence: float) -> tuple[np.ndarray, np.ndarray,
     for rank, image in enumerate(np.argsort(truth.image_ids)):
         for index in range(shape[1]):
             mine = np.flatnonzero((truth.image == image) & (truth.category_index == index))
-            found = rows[(rows[:, 0] == rank) & (rows[:, 6] == index + 1)]
+            of_class = rows[(rows[:, 0] == rank) & (rows[:, 6] == index + 1)]
             boxes[rank, index] = len(mine)
             taken: set[int] = set()
-            for row in found[np.argsort(-found[:, 5], kind="stable")]:
+            for row in of_class[np.argsort(-of_class[:, 5], kind="stable")]:
                 overlaps = {
                     i: iou(row[1:5], truth.boxes_xywh[i]) for i in mine.tolist() if i not in taken
                 }
@@ -485,7 +491,7 @@ def match_slowly(case: Case, confidence: float) -> tuple[np.ndarray, np.ndarray,
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_analysis_counts_as_a_slow_matcher_does(seed: int) -> None:
-    case = make_case(seed, num_images=7, objects=6, found=15, crowds=0)
+    case = make_case(seed, num_images=7, objects=6, detected=15, crowds=0)
     evaluator, rows = gathered(case)
     analysis = evaluator.analyze(evaluator.evaluation(rows), rows)
     curves, levels = analysis.curves, [0.0, 0.1, 0.12, 0.5, 0.51, 0.9, 1.0]
@@ -512,7 +518,8 @@ def test_the_classes_average_to_the_numbers(case: Case, shift: int) -> None:
     count = len(case.label_map)
     moved = [{**c, "label": (c["label"] + shift - 1) % count + 1} for c in case.label_map]
     detections = [
-        {**found, "labels": (found["labels"] + shift - 1) % count + 1} for found in case.detections
+        {**detected, "labels": (detected["labels"] + shift - 1) % count + 1}
+        for detected in case.detections
     ]
     evaluator, rows = gathered(Case(case.truth, detections, moved))
     evaluation = evaluator.evaluation(rows)
@@ -524,8 +531,8 @@ def test_the_classes_average_to_the_numbers(case: Case, shift: int) -> None:
     assert [row["AP"] for row in counted] == sorted((r["AP"] for r in counted), reverse=True)
     assert sum(row["detections"] for row in analysis.per_class) == len(rows)
     names = {row["name"]: row for row in analysis.per_class}
-    for place, (number, name) in enumerate(case.truth.categories):
-        of_class = case.truth.category_index == place
+    for k, (number, name) in enumerate(case.truth.categories):
+        of_class = case.truth.category_index == k
         assert names[name]["id"] == number
         assert names[name]["boxes"] == int((of_class & ~case.truth.iscrowd).sum())
         own = np.flatnonzero(analysis.curves["labels"] == names[name]["label"])
@@ -535,8 +542,8 @@ def test_the_classes_average_to_the_numbers(case: Case, shift: int) -> None:
     assert set(analysis.errors["delta_ap"]) == {*"Cls Loc Both Dupe Bkg Miss FP FN".split()}
 
 
-def test_what_lies_on_crowds_is_neither_right_nor_wrong() -> None:
-    case = make_case(3, objects=8, found=12, crowds=1.0)
+def test_detections_on_crowds_are_neither_right_nor_wrong() -> None:
+    case = make_case(3, objects=8, detected=12, crowds=1.0)
     assert case.truth.iscrowd.all() and len(gathered(case)[1])
     evaluator, rows = gathered(case)
     analysis = evaluator.analyze(evaluator.evaluation(rows), rows)
@@ -589,7 +596,7 @@ def test_a_class_name_cannot_write_lines_or_move_the_cursor() -> None:
         ),
     ],
 )
-def test_the_error_line_never_says_that_nothing_is_lost_where_boxes_are(
+def test_the_error_line_reports_missed_boxes_when_no_correction_gains(
     rows: list[list[float]], line: str
 ) -> None:
     truth = Truth(
@@ -608,9 +615,9 @@ def test_the_error_line_never_says_that_nothing_is_lost_where_boxes_are(
     assert error_line(analysis).startswith(line)
 
 
-def test_what_is_not_finite_is_refused_with_the_images() -> None:
-    case = make_case(4, found=10)
-    number = next(i for i, found in enumerate(case.detections) if len(found["scores"]))
+def test_detections_that_are_not_finite_are_refused_with_the_images() -> None:
+    case = make_case(4, detected=10)
+    number = next(i for i, detected in enumerate(case.detections) if len(detected["scores"]))
     case.detections[number]["boxes"][0, 2] = float("nan")
     name = re.escape(f"image ids [{case.truth.image_ids[number]}]")
     with pytest.raises(UserError, match=f"found on 1 images are not finite .{name}"):

@@ -1,4 +1,4 @@
-"""Annotations: every rule on a COCO file has a message and ids; nothing good is lost or altered.
+"""Annotations: every rule on a COCO file has a message and ids; nothing valid is lost or changed.
 
 python -m pytest tests/test_coco_json.py
 """
@@ -13,60 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import Document, annotation, changed, valid, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import coco_arrays, coco_json, coco_rules, locate
 from utils import UserError
 
-Document = dict[str, Any]
 SETTINGS = settings(
     deadline=None,
     max_examples=300,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-def valid() -> Document:
-    """Three images, one without boxes; four annotations, one a crowd; two classes."""
-    return {
-        "info": {"description": "tëst"},
-        "images": [
-            {"id": 10, "file_name": "a.jpg", "width": 100, "height": 80},
-            {"id": 20, "file_name": "sub/b c.jpg", "width": 60, "height": 120},
-            {"id": 30, "file_name": "ü.png", "width": 50, "height": 70, "license": 3},
-        ],
-        "annotations": [
-            annotation(7, 20, 1, [1, 2.5, 30, 40]),
-            annotation(5, 10, 2, [15, 10, 20.25, 30], segmentation=[[1, 2, 3.5, 4]]),
-            annotation(6, 10, 1, [0, 0, 100, 80], iscrowd=1, segmentation={"counts": [1, 2]}),
-            annotation(9, 20, 1, [5, 9, 7, 4], attributes=[{"text": "},{"}, {"a": []}]),
-        ],
-        "categories": [{"id": 2, "name": "dog"}, {"id": 1, "name": "cat"}],
-    }
-
-
-def annotation(number: int, image: int, category: int, box: Any, **more: Any) -> Document:
-    area = 1.0 if not isinstance(box, list) or len(box) < 4 else float(box[2] * box[3])
-    ids = {"id": number, "image_id": image, "category_id": category}
-    return {**ids, "bbox": box, "area": area, "iscrowd": 0, **more}
-
-
-def changed(*path: Any, to: Any) -> Callable[[], bytes]:
-    """Return what writes the valid document with the value at `path` changed, or deleted."""
-
-    def write() -> bytes:
-        document = valid()
-        place: Any = document
-        for step in path[:-1]:
-            place = place[step]
-        if to is ...:
-            del place[path[-1]]
-        else:
-            place[path[-1]] = to
-        return json.dumps(document).encode()
-
-    return write
 
 
 def each(name: str, change: Callable[[Any], Any]) -> Callable[[], bytes]:
@@ -373,12 +331,6 @@ BEYOND_A_FILE = {
 }  # in test_cases_coco
 
 
-def write(folder: Path, content: bytes) -> Path:
-    path = folder / "coco.json"
-    path.write_bytes(content)
-    return path
-
-
 @pytest.mark.parametrize("case", ERRORS)
 def test_error_is_listed_with_ids(case: str, tmp_path: Path) -> None:
     content, what, ids = ERRORS[case]
@@ -440,7 +392,7 @@ def test_width_and_height_of_the_image_are_not_confused(box: list[int], tmp_path
     box[3] += 2
     box[1] = 71
     _, findings = coco_json.read_annotations(write(tmp_path, changed(*BOX, "bbox", to=box)()))
-    assert [found.what for found in findings] == ([] if box[1] + box[3] <= 80 else [CUT])
+    assert [finding.what for finding in findings] == ([] if box[1] + box[3] <= 80 else [CUT])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -453,7 +405,7 @@ def test_clean_sets_have_no_findings(split: str, tiny_shapes: Path, bccd: Path) 
         assert_equals_json(annotations, path.read_bytes())
 
 
-def test_legal_oddities_are_kept(tmp_path: Path) -> None:
+def test_allowed_oddities_are_kept(tmp_path: Path) -> None:
     document = valid()
     document["images"][0]["id"] = document["annotations"][1]["image_id"] = 2**63 - 1
     document["annotations"][2]["image_id"] = 2**63 - 1
@@ -533,18 +485,22 @@ def test_damaged_bytes_are_refused_or_read_as_python_does(
 ) -> None:
     content = bytearray(json.dumps(valid(), ensure_ascii=False).encode())
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(content) - 1))
+        position = data.draw(st.integers(0, len(content) - 1))
         kind = data.draw(st.sampled_from(["flip", "set", "delete", "insert", "cut", "repeat"]))
         if kind == "flip":
-            content[place] ^= 1 << data.draw(st.integers(0, 7))
+            content[position] ^= 1 << data.draw(st.integers(0, 7))
         elif kind == "set":
-            content[place] = data.draw(st.sampled_from(b'0123456789.-+eE"{}[],:\\ nNtfI\xff\x00'))
+            content[position] = data.draw(
+                st.sampled_from(b'0123456789.-+eE"{}[],:\\ nNtfI\xff\x00')
+            )
         elif kind == "insert":
-            content[place:place] = data.draw(st.binary(min_size=1, max_size=4))
+            content[position:position] = data.draw(st.binary(min_size=1, max_size=4))
         elif kind == "repeat":
-            content[place:place] = content[place : place + data.draw(st.integers(1, 200))]
+            content[position:position] = content[
+                position : position + data.draw(st.integers(1, 200))
+            ]
         else:
-            del content[place : place + (1 if kind == "delete" else 10**6)]
+            del content[position : position + (1 if kind == "delete" else 10**6)]
         if not content:
             break
     assert_refused_or_equal(tmp_path / "coco.json", bytes(content))
@@ -566,17 +522,17 @@ def test_damaged_values_are_refused_or_read_as_python_does(
 ) -> None:
     document = valid()
     for _ in range(data.draw(st.integers(1, 3))):
-        place: Any = document
-        while isinstance(place, dict | list) and place:
-            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+        node: Any = document
+        while isinstance(node, dict | list) and node:
+            keys = sorted(node) if isinstance(node, dict) else range(len(node))
             key = data.draw(st.sampled_from(list(keys)))
-            if data.draw(st.booleans()) or not isinstance(place[key], dict | list):
-                place[key] = data.draw(
+            if data.draw(st.booleans()) or not isinstance(node[key], dict | list):
+                node[key] = data.draw(
                     ANY_JSON
                     | st.sampled_from([0, 1, 10, 20, 2**63, 1.0, 10.0, 1e308, "0", "10", None])
                 )
                 break
-            place = place[key]
+            node = node[key]
     assert_refused_or_equal(tmp_path / "coco.json", json.dumps(document).encode())
 
 
@@ -637,7 +593,7 @@ def test_fingerprint_changes_with_what_training_sees(tmp_path: Path) -> None:
         assert fingerprint(json.loads(changed(*path, to=value)())) != reference, path
 
 
-def test_a_summary_tells_what_changed_in_the_data(tmp_path: Path) -> None:
+def test_a_summary_names_what_changed_in_the_data(tmp_path: Path) -> None:
     def read(document: Document) -> coco_arrays.Annotations:
         return coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))[0]
 
@@ -647,29 +603,29 @@ def test_a_summary_tells_what_changed_in_the_data(tmp_path: Path) -> None:
     gone = document["images"].pop()["id"]
     left = [a for a in document["annotations"] if a["image_id"] != gone]
     document["annotations"] = left
-    told = coco_arrays.differences("training data", old, read(document))
-    assert f"images {len(before)} → {len(before) - 1}" in told and f"image id {gone}" in told
+    message = coco_arrays.differences("training data", old, read(document))
+    assert f"images {len(before)} → {len(before) - 1}" in message and f"image id {gone}" in message
     document = valid()
     document["annotations"][0]["bbox"][2] += 1
-    told = coco_arrays.differences("training data", old, read(document))
+    message = coco_arrays.differences("training data", old, read(document))
     first = document["annotations"][0]["image_id"]
-    assert told == f"training data: the first difference is at image id {first}"
+    assert message == f"training data: the first difference is at image id {first}"
     document = valid()
     name = document["categories"][0]["name"]
     document["categories"][0]["name"] = "yak"
-    told = coco_arrays.differences("training data", old, read(document))
-    assert f"classes removed: {name}" in told and "classes added: yak" in told
+    message = coco_arrays.differences("training data", old, read(document))
+    assert f"classes removed: {name}" in message and "classes added: yak" in message
     document = valid()
     number = document["annotations"].pop(0)["category_id"]
     (name,) = [c["name"] for c in document["categories"] if c["id"] == number]
-    told = coco_arrays.differences("training data", old, read(document))
+    message = coco_arrays.differences("training data", old, read(document))
     count = old["classes"][name]
     assert (
-        f"boxes {old['boxes']} → {old['boxes'] - 1}" in told
-        and f"{name} {count} → {count - 1}" in told
+        f"boxes {old['boxes']} → {old['boxes'] - 1}" in message
+        and f"{name} {count} → {count - 1}" in message
     )
-    told = coco_arrays.differences("training data", None, before)
-    assert "does not remember" in told
+    message = coco_arrays.differences("training data", None, before)
+    assert "does not remember" in message
 
 
 def test_a_summary_of_many_images_stays_small_and_finds_the_part(tmp_path: Path) -> None:
@@ -682,8 +638,8 @@ def test_a_summary_of_many_images_stays_small_and_finds_the_part(tmp_path: Path)
     old = json.loads(json.dumps(read().summary()))
     assert old["per_part"] == 3 and len(old["parts"]) == 1000
     images[7]["width"] = 8
-    told = coco_arrays.differences("training data", old, read())
-    assert told.endswith("within the 3 images that begin with image id 11")
+    message = coco_arrays.differences("training data", old, read())
+    assert message.endswith("within the 3 images that begin with image id 11")
 
 
 def test_a_file_that_is_cut_meanwhile_does_not_end_the_process(
@@ -705,7 +661,9 @@ def test_a_file_that_is_cut_meanwhile_does_not_end_the_process(
     assert annotations.fingerprint() == expected.fingerprint()
 
     path.write_bytes(whole)
-    before = os.stat_result([0] * 6 + [len(whole) + 9] + [0] * 3)  # of which nine bytes are gone
+    before = os.stat_result(
+        [0] * 6 + [len(whole) + 9] + [0] * 3
+    )  # nine bytes more than the file has
     monkeypatch.setattr(os, "fstat", lambda file: before)
     with pytest.raises(UserError, match="instances.json became shorter while it was read"):
         coco_json.examine(path)

@@ -1,4 +1,4 @@
-"""Images and boxes: every legal image gives PIL's pixels, every bad one an error with its id.
+"""Images and boxes: every allowed image gives PIL's pixels, every bad one an error with its id.
 
 python -m pytest tests/test_coco_utils.py
 """
@@ -9,8 +9,6 @@ import io
 import json
 import os
 import pickle
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,42 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import Document, annotation, valid, write
+from image_helpers import (
+    BAD,
+    DAMAGED,
+    GRAY,
+    JPEG,
+    PICTURE,
+    PNG,
+    encoded,
+    with_alpha,
+)
 from PIL import Image, ImageOps
-from test_coco_json import Document, annotation, valid, write
 
 import coco_utils
 import presets
 from data import coco_json, coco_rules, image_files, loading, locate
 from utils import UserError
-
-RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-PICTURE = Image.fromarray(RGB)  # 64 wide, 40 high
-GRAY = PICTURE.convert("L")
-
-
-def encoded(image: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, **options)
-    return buffer.getvalue()
-
-
-def with_alpha(image: Image.Image) -> Image.Image:
-    image = image.copy()
-    image.putalpha(GRAY)
-    return image
-
-
-def png_of_16_bits(pixels: np.ndarray) -> bytes:
-    """Write a PNG with 16 bits in each of three channels, which PIL cannot."""
-    rows = b"".join(b"\0" + (row.astype(">u2") * 257).tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
 
 LEGAL: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: encoded(PICTURE, format="JPEG"),
@@ -87,7 +66,7 @@ def read(folder: Path, content: bytes, size: tuple[int, int], name: str = "a b Ã
 
 
 @pytest.mark.parametrize("kind", LEGAL)
-def test_legal_images_have_the_pixels_of_pil(kind: str, tmp_path: Path) -> None:
+def test_allowed_images_have_the_pixels_of_pil(kind: str, tmp_path: Path) -> None:
     content = LEGAL[kind]()
     expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
     image = read(tmp_path, content, expected.shape[:2])
@@ -117,76 +96,9 @@ def test_exif_turns_an_image_unless_its_size_is_that_of_the_stored_pixels(
     assert np.array_equal(turned, shown)
 
 
-JPEG, PNG = encoded(PICTURE, format="JPEG"), encoded(PICTURE, format="PNG")
-WEBP = encoded(PICTURE, format="WEBP")
-DAMAGED = "image files that are damaged"
-FOREIGN = "image files of another format"
-
-
-def bomb(side: int) -> bytes:
-    """Write a PNG that claims to be huge."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return PNG[:8] + header + PNG[33:]
-
-
-def scans(number: int) -> bytes:
-    """Write a progressive JPEG that repeats its last scan."""
-    content = encoded(PICTURE, format="JPEG", progressive=True)
-    start = content.rindex(b"\xff\xda")
-    return content[:-2] + content[start:-2] * number + content[-2:]
-
-
-BAD: dict[str, tuple[bytes, str, str]] = {
-    "empty": (b"", DAMAGED, "is empty"),
-    "text": (b"not an image", FOREIGN, "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
-    "jpeg 2000": (
-        encoded(PICTURE, format="JPEG2000"),
-        FOREIGN,
-        "is no JPEG, PNG, WebP, BMP, TIFF or GIF",
-    ),
-    "hundreds of scans": (
-        scans(300),
-        "image files with too many scans",
-        "has 310 scans",
-    ),
-    "wav": (b"RIFF1234WAVEfmt " * 9, FOREIGN, "is no JPEG, PNG, WebP, BMP, TIFF or GIF"),
-    "half a jpeg": (JPEG[: len(JPEG) // 2], DAMAGED, "is damaged: Truncated File Read"),
-    "jpeg without its end": (JPEG[:-1], DAMAGED, "Image is incomplete or truncated"),
-    "half a progressive jpeg": (
-        encoded(PICTURE, format="JPEG", progressive=True)[:-200],
-        DAMAGED,
-        "Image is incomplete or truncated",
-    ),
-    "half a png": (PNG[: len(PNG) // 2], DAMAGED, "is truncated"),
-    "png without its end": (PNG[:-12], DAMAGED, "is truncated"),
-    "half a webp": (WEBP[: len(WEBP) // 2], DAMAGED, "is damaged"),
-    "16 bits, gray": (
-        encoded(Image.fromarray(RGB[..., 0].astype(np.uint16) * 257), format="PNG"),
-        "image files with 16 bits per channel",
-        "has 16 bits per channel",
-    ),
-    "16 bits, colour": (
-        png_of_16_bits(RGB),
-        "image files with 16 bits per channel",
-        "has 16 bits per channel",
-    ),
-    "90 megapixels": (
-        bomb(9500),
-        "images over 89 megapixels",
-        "has 9500 x 9500 pixels",
-    ),
-    "900 megapixels": (bomb(30000), "images over 89 megapixels", "900000000 pixels"),
-    "another size": (
-        encoded(PICTURE.resize((60, 40)), format="JPEG"),
-        "image files of another size than annotated",
-        "is 60 x 40, the annotations say 64 x 40",
-    ),
-}
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("case", BAD)
-def test_bad_image_is_an_error_that_says_why(case: str, tmp_path: Path) -> None:
+def test_bad_image_is_an_error_with_the_reason(case: str, tmp_path: Path) -> None:
     content, rule, message = BAD[case]
     with pytest.raises(image_files.ImageError) as caught:
         read(tmp_path, content, (40, 64))
@@ -220,7 +132,9 @@ def test_links_are_followed_wherever_they_lead(tmp_path: Path) -> None:
         assert image.shape == (3, 40, 64)
 
 
-def test_what_is_no_file_is_missing_and_hangs_nothing(tmp_path: Path) -> None:
+def test_a_path_that_is_no_regular_file_counts_as_missing_and_blocks_nothing(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe", "nowhere", "nul\0"):
@@ -259,10 +173,10 @@ def test_missing_images_are_found_by_listing(tmp_path: Path) -> None:
     annotations, _ = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
     (tmp_path / "Ã¼.png").touch()
     (tmp_path / "a.jpg").mkdir()  # a folder is no image
-    located, (found,) = locate.locate_images(annotations, tmp_path)
+    located, (finding,) = locate.locate_images(annotations, tmp_path)
     assert located is annotations
-    assert found.cases == (f"10 {tmp_path}/a.jpg", f"20 {tmp_path}/sub/b c.jpg")
-    assert (found.severity, found.what) == ("error", "image files missing")
+    assert finding.cases == (f"10 {tmp_path}/a.jpg", f"20 {tmp_path}/sub/b c.jpg")
+    assert (finding.severity, finding.what) == ("error", "image files missing")
 
 
 def test_error_names_id_file_and_fix(tmp_path: Path) -> None:
@@ -282,8 +196,8 @@ def test_official_classes_keep_their_labels() -> None:
     label_map = coco_utils.label_categories(official)
     assert len(label_map) == 80 and all(c["label"] == c["id"] for c in label_map)
     assert coco_utils.num_classes(label_map) == 91
-    own = coco_utils.label_categories(((0, "x"), (5, "y"), (9, "z")))
-    assert [c["label"] for c in own] == [1, 2, 3] and coco_utils.num_classes(own) == 4
+    others = coco_utils.label_categories(((0, "x"), (5, "y"), (9, "z")))
+    assert [c["label"] for c in others] == [1, 2, 3] and coco_utils.num_classes(others) == 4
 
 
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
@@ -325,10 +239,10 @@ def test_targets_equal_torchvisions(bccd: Path) -> None:
     annotations, _ = coco_json.read_annotations(path)
     label_map = coco_utils.label_categories(annotations.categories)
     ours = coco_utils.CocoDetection(bccd / "val2017", annotations, label_map)
-    place = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
+    number_of = {number: i for i, number in enumerate(annotations.image_ids.tolist())}
     for i in range(0, len(theirs), 9):
         pixels, objects = theirs[i]
-        image, target = ours[0, place[theirs.ids[i]]]
+        image, target = ours[0, number_of[theirs.ids[i]]]
         assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(pixels))
         boxes = torch.as_tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -361,7 +275,7 @@ def test_same_sample_for_same_seed_epoch_index(tmp_path: Path) -> None:
     assert not (first.shape == other.shape and torch.equal(first, other))
 
 
-def test_a_batch_comes_out_of_a_worker_as_it_went_in(tmp_path: Path) -> None:
+def test_a_batch_is_unchanged_on_its_way_out_of_a_worker(tmp_path: Path) -> None:
     document = valid()
     document["annotations"] = document["annotations"][:1]  # one image has no box
     data = data_set(tmp_path, document)

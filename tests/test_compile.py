@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from helpers import LABEL_MAP
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from models.build import build_model
 from models.parallel import wrap
 
-CLASSES = [{"id": i, "name": str(i), "label": i} for i in (1, 2, 3)]
 # Padded to eight different sizes, the last ones square and with the two sides swapped.
 SIZES = (
     *((160, 256), (160, 224), (192, 256), (224, 192), (240, 180), (160, 160), (256, 160)),
@@ -31,7 +31,7 @@ def test_compiled_losses_are_equal_and_new_sizes_compile_nothing(
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
-    eager = build_model("retinanet_resnet18_fpn", CLASSES, min_size=160, max_size=256).train()
+    eager = build_model("retinanet_resnet18_fpn", LABEL_MAP, min_size=160, max_size=256).train()
     compiled = wrap(copy.deepcopy(eager), torch.device("cpu"), 1, compiled=True)
     eager.transform.resize_in_training = compiled.transform.resize_in_training = False
     assert list(compiled.state_dict()) == list(eager.state_dict())

@@ -128,7 +128,7 @@ def test_a_full_disk_is_one_message(server: tuple[str, type[Server]], tmp_path: 
         run(tmp_path, server[0])
 
 
-def test_too_little_room_is_said_before_the_transfer(
+def test_too_little_disk_space_is_refused_before_the_transfer(
     server: tuple[str, type[Server]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

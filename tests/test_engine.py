@@ -1,4 +1,4 @@
-"""Proves what a training step does besides its losses: pytest tests/test_engine.py."""
+"""A training step: accumulation, EMA, clipping, fp16, stops: pytest tests/test_engine.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn as dist_nn
 import torch.nn.functional as F
-import torchvision
+from helpers import CPU, LABEL_MAP, Batch, make_batches, make_state, weights_of
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,64 +29,6 @@ from runtime.distributed import Processes
 from runtime.optimization import build_optimizer
 from runtime.train_state import MIN_SCALE, TrainState
 from utils import UserError
-
-LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
-Batch = engine.Batch
-
-
-def make_batches(count: int, size: int, boxes: float = 40.0) -> list[Batch]:
-    """Return random uint8 images of 64 px with one box each, as the loader gives them."""
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for number in range(count):
-        images = [
-            torch.randint(256, (3, 64, 64), generator=generator, dtype=torch.uint8)
-            for _ in range(size)
-        ]
-        targets = [
-            {
-                "boxes": torch.tensor([[8.0, 8.0, boxes, 40.0]]),
-                "labels": torch.tensor([1 + number % 3]),
-                "image_id": torch.tensor(100 * number + place),
-            }
-            for place in range(size)
-        ]
-        batches.append((images, targets))
-    return batches
-
-
-def make_state(
-    tmp_path: Path,
-    *,
-    ema_decay: float | None = None,
-    lr: float = 1e-3,
-    scale: float | None = None,
-    opt: str = "sgd",
-    momentum: float = 0.9,
-    wd: float = 1e-4,
-    from_scratch: bool = False,
-) -> TrainState:
-    """Return a RetinaNet with frozen batch normalisation, as in the recipe, and plain SGD.
-
-    Args:
-        scale: that fp16 starts with; None is for fp32.
-        from_scratch: train batch normalisation.
-    """
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "backbone.pth")
-    model = build_model(
-        "retinanet_resnet18_fpn",
-        LABEL_MAP,
-        weights_backbone=None if from_scratch else str(tmp_path / "backbone.pth"),
-        min_size=64,
-        max_size=64,
-    )
-    optimizer = build_optimizer(
-        model, lr, opt=opt, momentum=momentum, wd=wd, norm_weight_decay=None
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    return TrainState(model, optimizer, scheduler, scaler, make_ema(model, ema_decay))
 
 
 def run(
@@ -107,7 +49,7 @@ def run(
         state.model,
         state,
         batches,
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=per_step,
         batch_weight=lambda position: 1 / per_step,
@@ -117,11 +59,6 @@ def run(
         image_name=lambda image_id: f"photos/{image_id}.jpg",
     )
     return losses
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of all parameters that train."""
-    return {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
 
 
 def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
@@ -168,7 +105,7 @@ class Crossings(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["ours", "torch"])
 def test_the_host_never_waits_for_the_ema(kind: str) -> None:
-    with torch.device("meta"):  # in place of a GPU: to copy to it is to wait for it
+    with torch.device("meta"):  # instead of a GPU: a copy to it is a wait
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     ema = make_ema(model, 0.9)
     if kind == "torch":
@@ -203,7 +140,7 @@ def test_the_ema_is_torchs_to_the_bit() -> None:
             assert value == 4  # as many batches as the model has seen
 
 
-def test_ema_goes_on_after_a_resume_as_if_there_had_been_none(tmp_path: Path) -> None:
+def test_ema_is_equal_with_and_without_a_resume(tmp_path: Path) -> None:
     batches = make_batches(4, size=1)
     whole = make_state(tmp_path, ema_decay=0.9)
     run(whole, batches)
@@ -242,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
         (torch.float16, None, "sgd", "a value overflowed in fp16: .*--amp bf16, or the learning"),
     ],
 )
-def test_what_is_not_finite_is_first_put_down_to_the_likeliest_cause(
+def test_the_error_on_a_loss_that_is_not_finite_names_the_likeliest_cause_first(
     tmp_path: Path, amp_dtype: torch.dtype | None, clip: float | None, opt: str, first: str
 ) -> None:
     optimizer = make_state(tmp_path, opt=opt).optimizer
@@ -263,7 +200,7 @@ def epoch(state: TrainState, batches: list[Batch], **options: Any) -> list[dict[
         lines.append(line)
         return stop
 
-    processes = Processes(torch.device("cpu"))
+    processes = CPU
     options = {"after_step": after_step, **options}
     engine.train_one_epoch(state.model, state, batches, processes, seed=0, **options)
     return lines
@@ -284,10 +221,10 @@ def everything_of(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Compare two of `everything_of` to the bit."""
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -335,7 +272,7 @@ def test_a_step_that_is_not_finite_is_neither_logged_nor_saved_nor_evaluated(
 
 
 @pytest.mark.parametrize("place", ["model", "statistics", "ema", "optimizer"])
-def test_what_is_not_finite_is_never_saved(tmp_path: Path, place: str) -> None:
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, place: str) -> None:
     state = make_state(tmp_path, ema_decay=0.9)
     run(state, make_batches(1, size=1))
     state.state_dict()
@@ -423,7 +360,7 @@ def test_a_stop_is_honoured_between_two_steps(tmp_path: Path) -> None:
         state.model,
         state,
         make_batches(4, size=1),
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=1,
         batch_weight=lambda position: 1.0,
@@ -461,7 +398,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_the_scale_outlives_a_resume(tmp_
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
-def test_a_first_step_that_fp16_skips_leaves_no_trace(tmp_path: Path, opt: str) -> None:
+def test_a_first_step_that_fp16_skips_changes_nothing(tmp_path: Path, opt: str) -> None:
     options: dict[str, Any] = {"ema_decay": 0.9, "opt": opt, "from_scratch": True}
     state, batches = make_state(tmp_path, scale=2.0**40, **options), make_batches(2, size=1)
     before = everything_of(state)
@@ -490,7 +427,7 @@ def test_fp16_stops_where_no_scale_helps(tmp_path: Path) -> None:
         epoch(state, batches, amp_dtype=torch.float16)
 
 
-def test_a_micro_batch_of_weight_0_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_micro_batch_of_weight_0_changes_nothing(tmp_path: Path) -> None:
     batches, states = make_batches(2, size=2), []
     for count in (1, 2):
         states.append(make_state(tmp_path, from_scratch=True, ema_decay=0.9))
@@ -542,9 +479,9 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     batches = [([i[:, :1, :1] for i in images], targets) for images, targets in batches]
     if world_size == 1:
         joined = (batches[0][0] + batches[1][0], batches[0][1] + batches[1][1])
-        own, weight = [joined, batches[2]], [1.0, 1.0]
+        shard, weight = [joined, batches[2]], [1.0, 1.0]
     else:
-        own, weight = [batches[rank], batches[2 * (1 - rank)]], [1.0, 1.0, 2.0, 0.0]
+        shard, weight = [batches[rank], batches[2 * (1 - rank)]], [1.0, 1.0, 2.0, 0.0]
     wrapped = DistributedDataParallel(model)  # which takes no SyncBatchNorm on a CPU
     model.norm.__class__, model.norm.process_group = HostSyncBatchNorm, None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -554,7 +491,7 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     engine.train_one_epoch(
         wrapped,
         state,
-        own,
+        shard,
         Processes(torch.device("cpu"), rank, world_size),
         seed=0,
         batches_per_step=world_size,
@@ -566,7 +503,7 @@ def train_normalised(rank: int, world_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_a_process_of_weight_0_leaves_no_trace_in_statistics_over_all_processes(
+def test_a_process_of_weight_0_does_not_change_synchronised_statistics(
     tmp_path: Path,
 ) -> None:
     for world_size in (1, 2):

@@ -1,4 +1,4 @@
-"""Evaluating changes nothing, and how makes no difference: pytest tests/test_evaluation.py.
+"""Evaluation changes no state, its order no number: pytest tests/test_evaluation.py.
 
 Real detectors look at the shapes of `conftest.tiny_shapes`; torchvision's own models say what a
 loss must be.
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import make_run
+from helpers import CPU, make_run
 from torch import nn
 from torchvision.models import detection
 
@@ -38,11 +38,10 @@ from models.precision import autocast
 from models.transform import padded_sizes
 from models.weights import load_trained
 from runtime import checkpoint, distributed
-from runtime.distributed import PeerError, Processes, join_process_group
+from runtime.distributed import PeerError, join_process_group
 from runtime.options import check_flags, parse_args
 from utils import UserError
 
-CPU = Processes(torch.device("cpu"))
 DETECTORS = {  # of every kind that the project builds the smallest
     "retinanet_resnet18_fpn": {"min_size": 64, "max_size": 64},
     "retinanet_resnet50_fpn_v2": {"min_size": 64, "max_size": 64},
@@ -94,7 +93,9 @@ def evaluate(
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_losses_change_neither_the_model_nor_what_it_finds(name: str, data: CocoDetection) -> None:
+def test_validation_losses_change_neither_the_model_nor_its_detections(
+    name: str, data: CocoDetection
+) -> None:
     model = build(data, name)
     plain = evaluate(model, data)
     before, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
@@ -114,7 +115,7 @@ def test_losses_change_neither_the_model_nor_what_it_finds(name: str, data: Coco
 @pytest.mark.parametrize("name", QUICK)
 def test_losses_do_not_depend_on_batches_and_order(name: str, data: CocoDetection) -> None:
     model = build(data, name)
-    if name.startswith("faster"):  # an untrained head says the same of every box it samples
+    if name.startswith("faster"):  # an untrained head has the same output for every box
         nn.init.normal_(model.rpn.head.cls_logits.bias)
     results = [
         evaluate(model, data, batch_size, reverse, with_losses=True, same_size=False)
@@ -151,7 +152,7 @@ def test_the_loss_is_the_mean_of_torchvisions_training_losses(data: CocoDetectio
 
 
 @pytest.mark.parametrize("name", ["retinanet_resnet50_fpn_v2", "retinanet_resnet18_fpn"])
-def test_training_goes_on_after_losses_were_taken(name: str, data: CocoDetection) -> None:
+def test_training_continues_after_validation_losses(name: str, data: CocoDetection) -> None:
     # Anchors are kept from one pass to the next: a loss may need them on its way back.
     model = build(data, name)
     evaluate(model, data, with_losses=True)
@@ -182,7 +183,7 @@ def test_images_left_out_or_seen_twice_are_refused(
         engine.evaluate(build(data), change(batches), evaluator, CPU)
 
 
-def test_a_model_that_finds_no_numbers_is_refused(data: CocoDetection) -> None:
+def test_detections_of_nan_are_refused(data: CocoDetection) -> None:
     model = build(data)
     nn.init.constant_(model.head.regression_head.bbox_reg.bias, float("nan"))
     with pytest.raises(UserError, match=r"found on 7 images are not finite \(image ids \["):
@@ -203,8 +204,8 @@ def test_order_changes_no_bit_and_batch_size_no_more_than_rounding(
     # is found may differ in the last bits, and change places with what is found as surely.
     if dtype is None:
         for image in range(len(data)):
-            found = [np.sort(r.detections[r.detections[:, 0] == image][:, 5]) for r in (one, four)]
-            assert found[0] == pytest.approx(found[1], abs=1e-5)
+            scores = [np.sort(r.detections[r.detections[:, 0] == image][:, 5]) for r in (one, four)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert one.metrics == pytest.approx(four.metrics, abs=1e-3)
 
 
@@ -212,7 +213,7 @@ def test_order_changes_no_bit_and_batch_size_no_more_than_rounding(
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_post_processing_is_the_users_choice_and_torchvisions_by_default(
+def test_post_processing_is_torchvisions_by_default_and_can_be_set(
     name: str, data: CocoDetection
 ) -> None:
     default = build_model(name, data.label_map, **DETECTORS[name])
@@ -226,19 +227,19 @@ def test_post_processing_is_the_users_choice_and_torchvisions_by_default(
     stage = getattr(model, "roi_heads", model)
     assert [getattr(stage, n) for n in names] == [0.2, 0.3, 5]
     few = build(data, name, detections_per_image=2)
-    found = evaluate(few, data).detections
-    assert np.bincount(found[:, 0].astype(int), minlength=len(data)).tolist() == [2] * len(data)
+    rows = evaluate(few, data).detections
+    assert np.bincount(rows[:, 0].astype(int), minlength=len(data)).tolist() == [2] * len(data)
 
 
 def test_candidates_are_chosen_before_suppression(data: CocoDetection) -> None:
     model = build(data, topk_candidates=1, nms_thresh=1.0)
-    found = evaluate(model, data).detections
-    assert np.bincount(found[:, 0].astype(int)).max() <= 5  # one per level of the pyramid
-    assert len(evaluate(build(data, nms_thresh=1.0), data).detections) > len(found)
+    rows = evaluate(model, data).detections
+    assert np.bincount(rows[:, 0].astype(int)).max() <= 5  # one per level of the pyramid
+    assert len(evaluate(build(data, nms_thresh=1.0), data).detections) > len(rows)
 
 
 def test_a_model_without_candidates_refuses_the_flag(data: CocoDetection) -> None:
-    with pytest.raises(UserError, match="--topk-candidates 10: fasterrcnn.* has none"):
+    with pytest.raises(UserError, match="--topk-candidates 10: fasterrcnn.* has no such limit"):
         build(data, "fasterrcnn_mobilenet_v3_large_320_fpn", topk_candidates=10)
 
 
@@ -438,9 +439,9 @@ def test_auto_evaluates_the_newest_checkpoint_of_the_output_folder(
     path = save_run(folder, data, model)
     printed = test_only("--resume", "auto", "--output-dir", folder)
     assert f"evaluating {path} of step 8\n" in printed and "Average Precision" in printed
-    found = np.load(folder / "eval" / "test" / "detections.npy")
-    assert np.array_equal(found, evaluate(model, data).detections)
-    assert not np.array_equal(found, evaluate(build(data), data).detections)
+    rows = np.load(folder / "eval" / "test" / "detections.npy")
+    assert np.array_equal(rows, evaluate(model, data).detections)
+    assert not np.array_equal(rows, evaluate(build(data), data).detections)
 
 
 def test_auto_without_a_folder_is_that_of_the_model(
@@ -458,12 +459,12 @@ def test_auto_without_a_folder_is_that_of_the_model(
 
 
 @pytest.mark.parametrize("content", [{}, {"step": 3}, {"model": {}}], ids=["empty", "step", "none"])
-def test_nothing_is_evaluated_whose_weights_were_not_loaded(
+def test_weights_that_were_not_loaded_are_not_evaluated(
     content: dict[str, Any], data: CocoDetection, tmp_path: Path, test_only: Test
 ) -> None:
     torch.save(content, tmp_path / "c.pth")
     flags = ("--data-path", data.root.parent, "--model", "retinanet_resnet18_fpn")
-    with pytest.raises(UserError, match=r"--resume .*c\.pth does not fit --model"):
+    with pytest.raises(UserError, match=r"--resume .*c\.pth: not weights"):
         test_only("--resume", tmp_path / "c.pth", *flags, "--min-size", "64", "--max-size", "64")
 
 
@@ -476,23 +477,25 @@ def test_of_resume_and_weights_the_checkpoint_is_evaluated(
     out = ("--output-dir", tmp_path / "out")
     printed = test_only("--resume", path, "--weights", other, *out)
     assert f"evaluating {path} of step 8" in printed
-    found = np.load(tmp_path / "out" / "eval" / "test" / "detections.npy")
-    assert len(found) and np.array_equal(found[:, :6], evaluate(model, data).detections[:, :6])
+    rows = np.load(tmp_path / "out" / "eval" / "test" / "detections.npy")
+    assert len(rows) and np.array_equal(rows[:, :6], evaluate(model, data).detections[:, :6])
 
 
-def test_a_test_leaves_the_runs_own_files_alone(
+def test_only_changes_no_file_of_the_run(
     data: CocoDetection, tmp_path: Path, test_only: Test
 ) -> None:
-    folder, place = tmp_path / "run", tmp_path / "run" / "eval" / "test"
+    folder, test_folder = tmp_path / "run", tmp_path / "run" / "eval" / "test"
     path = save_run(folder, data, trained(data))
     before = {file.name for file in folder.iterdir()}
     test_only("--resume", path, "--output-dir", folder, "--save-detections")
     assert {file.name for file in folder.iterdir()} == before | {"eval"}
-    assert {file.name for file in place.iterdir()} == set(FILES)
-    analysis = json.loads((place / "analysis.json").read_text())
+    assert {file.name for file in test_folder.iterdir()} == set(FILES)
+    analysis = json.loads((test_folder / "analysis.json").read_text())
     assert analysis["tested"] == {"weights": str(path), "step": 8}
     test_only("--resume", path, "--output-dir", folder)
-    assert not (place / "detections.json").exists()  # of another evaluation than the other files
+    assert not (
+        test_folder / "detections.json"
+    ).exists()  # of another evaluation than the other files
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
@@ -512,22 +515,22 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
 def test_images_without_annotations_give_a_results_file_and_no_table(
     without: tuple[str, ...], data: CocoDetection, tmp_path: Path, test_only: Test
 ) -> None:
-    model, place = trained(data), tmp_path / "out" / "eval" / "test"
+    model, folder = trained(data), tmp_path / "out" / "eval" / "test"
     path = save_run(tmp_path / "run", data, model)
     info = image_info(data, tmp_path / "info.json", *without)
     flags = ("--resume", path, "--output-dir", tmp_path / "out", "--save-detections")
     test_only(*flags)
-    expected = json.loads((place / "detections.json").read_text())
-    assert "AP" in json.loads((place / "results.json").read_text())
+    expected = json.loads((folder / "detections.json").read_text())
+    assert "AP" in json.loads((folder / "results.json").read_text())
     printed = test_only(*flags, "--val-annotations", info)
     assert "on 7 images, which have no annotations" in printed
     assert "Average Precision" not in printed and "AP50" not in printed
-    assert [file.name for file in place.iterdir()] == ["detections.json"]
-    found = json.loads((place / "detections.json").read_text())
-    assert found == expected and len(found) > 7
+    assert [file.name for file in folder.iterdir()] == ["detections.json"]
+    results = json.loads((folder / "detections.json").read_text())
+    assert results == expected and len(results) > 7
     ids = {int(image) for image in data.annotations.image_ids}
-    assert {result["image_id"] for result in found} == ids
-    assert {result["category_id"] for result in found} <= {
+    assert {result["image_id"] for result in results} == ids
+    assert {result["category_id"] for result in results} <= {
         n for n, _ in data.annotations.categories
     }
 
@@ -538,7 +541,7 @@ def test_images_without_annotations_are_refused_where_boxes_are_needed(
     path = save_run(tmp_path / "run", data, trained(data))
     info = image_info(data, tmp_path / "info.json", "annotations")
     flags = ("--resume", path, "--val-annotations", info)
-    reason = r"no list of annotations: .* train\.py --test-only --save-detections needs none"
+    reason = r"no list of annotations: .* train\.py --test-only --save-detections"
     with pytest.raises(UserError, match=reason):
         test_only(*flags)
     with pytest.raises(UserError, match=r"--val-loss: .*info\.json has no annotations"):

@@ -1,4 +1,4 @@
-"""The pages about the method say what the code says, and its pictures are of any image's boxes.
+"""The pages about the method have the code's numbers, and pictures work for any image.
 
 python -m pytest tests/test_explain.py
 """
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from PIL import Image
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import batched_nms, sigmoid_focal_loss
@@ -33,7 +34,6 @@ from tools import visualize
 from tools.plots import method
 from utils import UserError
 
-ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -48,7 +48,9 @@ def scene() -> method.Scene:
 
 
 @pytest.mark.parametrize("language", explain.PAGES)
-def test_the_page_says_what_the_code_says(pages: dict[str, str], language: str) -> None:
+def test_the_page_has_the_numbers_and_code_of_this_project(
+    pages: dict[str, str], language: str
+) -> None:
     # After a change of the code: `make docs`, and read whether the sentences are still true.
     assert explain.fill(pages[language], language) == pages[language]
 
@@ -81,7 +83,9 @@ def test_a_wrong_number_and_a_wrong_line_of_code_are_found(pages: dict[str, str]
 
 
 @pytest.mark.parametrize("language", explain.PAGES)
-def test_pictures_have_texts_and_links_lead_somewhere(pages: dict[str, str], language: str) -> None:
+def test_pictures_have_alternative_texts_and_links_have_targets(
+    pages: dict[str, str], language: str
+) -> None:
     pictures = re.findall(r"!\[(.*?)\]\((.+?)\)", pages[language])
     assert len(pictures) == 9
     for text, path in pictures:
@@ -130,7 +134,7 @@ PUBLISHED = {
     "Faster R-CNN": "10 16",
     "a copied note": "20,276",
 }
-# Measured once, as the page says: BCCD, and two runs of `make docs`.
+# Measured once, as noted on the page: BCCD, and two runs of `make docs`.
 MEASURED = "292 3,980 996 22 135,483 320 135,495 0.715 0.665 128 18 3"
 # Sizes, sections, and numbers that are explained where they stand.
 EXAMPLES = "0 1 2 3 4 5 6 7 8 10 12 13 16 19 20 25 38 50 64 128 200 427 512 640 1216 3.1 4.1 1,000"
@@ -188,9 +192,9 @@ def test_gradients_are_those_of_the_loss() -> None:
     for p in (0.01, 0.3, 0.9):
         logits = torch.full((2,), np.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
         sigmoid_focal_loss(logits, torch.tensor([0.0, 1.0]).double(), reduction="sum").backward()
-        own = facts.gradients(p)
+        ours = facts.gradients(p)
         assert logits.grad is not None
-        assert [own["fl_absent"], own["fl_present"]] == pytest.approx(logits.grad.tolist())
+        assert [ours["fl_absent"], ours["fl_present"]] == pytest.approx(logits.grad.tolist())
     assert facts.facts()["grad_ratio"] == f"{0.01 / facts.gradients(0.01)['fl_absent']:,.0f}"
 
 
@@ -214,11 +218,15 @@ def test_the_worked_example_is_that_of_both_originals() -> None:
 
 
 def test_boxes_per_detector_are_counted() -> None:
-    found = facts.facts()
-    assert found["rpn_anchors"] == f"{3 * (200 * 304 + 15_200 + 3_800 + 950 + 247):,}"
-    assert (found["ssd_boxes"], found["fcos_points"]) == ("8,732", "20,267")
-    assert (found["roi_sample"], found["roi_ratio"]) == ("512", "1 : 3")
-    assert (found["named"], found["unnamed"], found["one_class"]) == ("80", "11", "[18, 256, 3, 3]")
+    counted = facts.facts()
+    assert counted["rpn_anchors"] == f"{3 * (200 * 304 + 15_200 + 3_800 + 950 + 247):,}"
+    assert (counted["ssd_boxes"], counted["fcos_points"]) == ("8,732", "20,267")
+    assert (counted["roi_sample"], counted["roi_ratio"]) == ("512", "1 : 3")
+    assert (counted["named"], counted["unnamed"], counted["one_class"]) == (
+        "80",
+        "11",
+        "[18, 256, 3, 3]",
+    )
 
 
 def test_the_diagrams_have_the_numbers_of_the_code() -> None:
@@ -227,14 +235,14 @@ def test_the_diagrams_have_the_numbers_of_the_code() -> None:
 
 
 def test_the_sum_of_anchors_is_the_one_of_torchvision() -> None:
-    _, found, _ = facts.network()
-    cells = [found[level][2] * found[level][3] for level in method.LEVELS]
+    _, total, _ = facts.network()
+    cells = [total[level][2] * total[level][3] for level in method.LEVELS]
     assert cells == [15_200, 3_800, 950, 247, 70]
     assert sum(cells) == 20_267
-    assert found["cls_logits"][1] == 9 * sum(cells) == 182_403
+    assert total["cls_logits"][1] == 9 * sum(cells) == 182_403
 
 
-def test_parts_add_up_to_the_whole() -> None:
+def test_the_parts_of_the_loss_add_up_to_the_whole() -> None:
     model, _, operations = facts.network()
     rows = facts.parts()
     assert sum(row[5] for row in rows) == sum(p.numel() for p in model.parameters()) == 34_014_999
@@ -250,9 +258,9 @@ def test_best_overlap_is_that_with_all_anchors(scene: method.Scene) -> None:
             [[512 + x - width / 2, 384 + y - height / 2] for y in grid for x in grid]
         )
         boxes = torch.cat([corner, corner + torch.tensor([width, height])], dim=1).float()
-        own = explain_pictures.best_overlap(width, height, places)
+        ours = explain_pictures.best_overlap(width, height, places)
         iou = retinanet.pairwise_iou(boxes[None], scene.anchors)[0].amax(dim=1)
-        np.testing.assert_allclose(own, iou.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(ours, iou.numpy(), rtol=1e-5)
 
 
 def test_steps_are_the_four_rules(scene: method.Scene) -> None:
@@ -278,8 +286,8 @@ def test_first_losses_are_those_of_the_whole_image(scene: method.Scene) -> None:
     logits = torch.full((1, len(scene.anchors), method.CLASSES), np.log(p / (1 - p)))
     codes = torch.zeros(1, len(scene.anchors), 4)
     losses = retinanet.detection_losses(logits, codes, scene.anchors, boxes, labels, matched)
-    own = method.first_losses(scene, p)["focal loss"]
-    assert sum(own) == pytest.approx(float(losses["classification"]), rel=1e-4)
+    ours = method.first_losses(scene, p)["focal loss"]
+    assert sum(ours) == pytest.approx(float(losses["classification"]), rel=1e-4)
 
 
 def test_stages_end_with_the_models_own_detections() -> None:
@@ -299,7 +307,7 @@ def test_stages_end_with_the_models_own_detections() -> None:
 
 
 @pytest.mark.parametrize("step", visualize.STEPS)
-def test_each_step_is_drawn_on_ones_own_image(
+def test_each_step_is_drawn_on_an_image_of_the_user(
     step: str, tiny_shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = next((tiny_shapes / "train2017").iterdir())
@@ -455,12 +463,12 @@ def browse(tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_the_interactive_page_is_made_from_the_code(web_page: str) -> None:
-    found = interactive.candidates_of(web_page)
+    candidates = interactive.candidates_of(web_page)
 
     def without_pixels(page: str) -> str:  # another version of the encoder may write other bytes
         return re.sub(r'data:image/[^"]*', "", page)
 
-    assert without_pixels(interactive.page(found)) == without_pixels(web_page)
+    assert without_pixels(interactive.page(candidates)) == without_pixels(web_page)
     script = (interactive.FOLDER / "interactive.js").read_text(encoding="utf-8")
     assert len(script.splitlines()) < 600
     # One file, no network.
@@ -491,13 +499,15 @@ def test_the_browser_assigns_and_encodes_like_the_python(
           return pairs;
         });
     """.replace("BOXES", json.dumps(boxes.tolist())).replace("ASSIGNER", assigner)
-    for own, pairs in zip(boxes, browse(web_page, script), strict=True):
-        padded, labels = retinanet.pad_targets([{"boxes": own, "labels": torch.ones(5).long()}])
+    for of_browser, pairs in zip(boxes, browse(web_page, script), strict=True):
+        padded, labels = retinanet.pad_targets(
+            [{"boxes": of_browser, "labels": torch.ones(5).long()}]
+        )
         matched = retinanet.assign(scene.anchors, padded, labels, assigner)[0]
         index = (matched != retinanet.BACKGROUND).nonzero()[:, 0]
         assert [pair[:2] for pair in pairs] == torch.stack([index, matched[index]], 1).tolist()
         index = (matched >= 0).nonzero()[:, 0]
-        codes = retinanet.encode_boxes(own[matched[index]], scene.anchors[index])
+        codes = retinanet.encode_boxes(of_browser[matched[index]], scene.anchors[index])
         theirs = torch.tensor([pair[2] for pair in pairs if pair[2]])
         torch.testing.assert_close(theirs, codes, rtol=1e-5, atol=1e-5)
 
@@ -524,12 +534,12 @@ def test_the_browser_has_the_loss_and_the_nms_of_the_python(
         (slope,) = torch.autograd.grad(loss.sum(), x)
         expected = torch.stack([loss, slope], dim=1).flatten().tolist()
         assert values == pytest.approx(expected, rel=1e-5)
-    found = interactive.candidates_of(web_page)
-    boxes, scores, labels = (torch.tensor(found[key]) for key in ("boxes", "scores", "labels"))
-    for (threshold, iou), own in zip(limits, kept, strict=True):
+    candidates = interactive.candidates_of(web_page)
+    boxes, scores, labels = (torch.tensor(candidates[key]) for key in ("boxes", "scores", "labels"))
+    for (threshold, iou), of_browser in zip(limits, kept, strict=True):
         above = (scores > threshold).nonzero()[:, 0]
         keep = batched_nms(boxes[above], scores[above], labels[above], iou)
-        assert sorted(own) == sorted(above[keep].tolist())
+        assert sorted(of_browser) == sorted(above[keep].tolist())
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -1,4 +1,4 @@
-"""What is exported finds what PyTorch finds: pytest tests/test_export.py."""
+"""The exported model detects what PyTorch's does: pytest tests/test_export.py."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_predict import LABEL_MAP, trained
+from helpers import CAT_AND_DOG
 from torch import Tensor
 
 from models.build import load_detector
@@ -15,12 +15,11 @@ from tools import export
 from utils import UserError
 
 onnx = pytest.importorskip("onnx")
-assert trained  # a fixture
 
 
 @pytest.fixture(scope="module")
 def exported(
-    trained: Path,  # noqa: F811
+    trained: Path,
     tiny_shapes: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, str]:
@@ -39,7 +38,7 @@ def images_of_sizes(*sizes: tuple[int, int]) -> list[Tensor]:
 
 def test_the_same_objects_at_any_image_size(
     exported: tuple[Path, str],
-    trained: Path,  # noqa: F811
+    trained: Path,
 ) -> None:
     path, line = exported
     assert "find the same" in line and line.startswith(str(path))
@@ -51,8 +50,8 @@ def test_the_same_objects_at_any_image_size(
 
 def test_the_file_names_its_classes_and_outputs(exported: tuple[Path, str]) -> None:
     content = onnx.load(str(exported[0]))
-    (about,) = [json.loads(p.value) for p in content.metadata_props if p.key == "categories"]
-    assert about == LABEL_MAP
+    (categories,) = [json.loads(p.value) for p in content.metadata_props if p.key == "categories"]
+    assert categories == CAT_AND_DOG
     assert [output.name for output in content.graph.output] == ["boxes", "scores", "labels"]
     sides = content.graph.input[0].type.tensor_type.shape.dim
     assert [side.dim_param or side.dim_value for side in sides] == [3, "height", "width"]
@@ -60,7 +59,7 @@ def test_the_file_names_its_classes_and_outputs(exported: tuple[Path, str]) -> N
 
 def test_another_model_does_not_pass_the_check(
     exported: tuple[Path, str],
-    trained: Path,  # noqa: F811
+    trained: Path,
 ) -> None:
     detector, _ = load_detector(str(trained))
     with torch.no_grad():
@@ -69,8 +68,8 @@ def test_another_model_does_not_pass_the_check(
         export.compare(export.OneImage(detector).eval(), exported[0], images_of_sizes((48, 64)))
 
 
-def test_a_check_without_objects_proves_nothing(
-    trained: Path,  # noqa: F811
+def test_a_check_without_objects_is_refused(
+    trained: Path,
     tmp_path: Path,
 ) -> None:
     detector, label_map = load_detector(str(trained), score_thresh=0.999)
@@ -80,7 +79,7 @@ def test_a_check_without_objects_proves_nothing(
         export.compare(model, tmp_path / "m.onnx", images_of_sizes((48, 64)))
 
 
-def test_without_images_to_check_on_it_says_so() -> None:
+def test_without_images_the_export_reports_that_nothing_was_checked() -> None:
     with pytest.raises(UserError, match="--check"):
         export.images_to_check([], None)
 
@@ -88,5 +87,5 @@ def test_without_images_to_check_on_it_says_so() -> None:
 def test_an_image_that_cannot_be_checked_is_named(trained: Path, tmp_path: Path) -> None:  # noqa: F811
     path = tmp_path / "cut.jpg"
     path.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"cut.jpg: is no JPEG.*; give others by --check"):
+    with pytest.raises(UserError, match=r"cut.jpg: is no JPEG.*; give others with --check"):
         export.main(["--checkpoint", str(trained), "--check", str(path)])

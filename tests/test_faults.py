@@ -1,4 +1,4 @@
-"""Exact after any fault, by the numbers of docs/reliability.md: pytest tests/test_faults.py.
+"""Exact after any fault, numbered as in docs/reliability.md: pytest tests/test_faults.py.
 
 Real runs by the real torchrun, with loader workers, hurt by real signals. What they leave in the
 end must equal, to the bit, what a run without faults leaves (`faults.gate`).
@@ -29,7 +29,7 @@ from faults import (
     clean_up,
     seconds_until_gone,
 )
-from test_checkpoint import flip_a_bit, sidecar, write_malice
+from helpers import flip_a_bit, sidecar, write_malice
 
 from runtime import checkpoint
 from runtime.records import read_json_lines
@@ -45,15 +45,15 @@ Baseline = Callable[..., dict[str, str]]
 @pytest.fixture
 def make_runs(tiny_shapes: Path, tmp_path: Path) -> Iterator[MakeRuns]:
     """Runs in a folder of their own: `make_runs(*flags, mutations=())`."""
-    places: list[Path] = []
+    folders: list[Path] = []
 
     def make(*flags: str, data: Path = tiny_shapes, **options: Any) -> Runs:
-        places.append(tmp_path / str(len(places)))
-        return Runs(places[-1], data, *flags, **options)
+        folders.append(tmp_path / str(len(folders)))
+        return Runs(folders[-1], data, *flags, **options)
 
     yield make
-    for place in places:
-        clean_up(place)
+    for folder in folders:
+        clean_up(folder)
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +63,11 @@ def baseline(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Bas
 
     def get(ranks: int, *flags: str) -> dict[str, str]:
         if (ranks, flags) not in known:
-            place = tmp_path_factory.mktemp("baseline") / "place"
-            runs = Runs(place, tiny_shapes, *flags)
+            root = tmp_path_factory.mktemp("baseline") / "work"
+            runs = Runs(root, tiny_shapes, *flags)
             runs.run(ranks=ranks)
             known[ranks, flags] = runs.gate()
-            clean_up(place)
+            clean_up(root)
         return known[ranks, flags]
 
     return get
@@ -256,14 +256,14 @@ def test_22_a_closed_terminal_stops_a_run_as_sigterm_does(
     runs = make_runs()
     launched = stop_by_signal(runs, "step:2", dwell=0.5, do="SIGHUP")
     assert preempted(runs).startswith("SIGHUP")
-    assert ", saved; the same command goes on" in launched.output()
+    assert ", saved; run the same command to resume" in launched.output()
     runs.run(ranks=2)
     assert_same(runs.gate(), baseline(2))
     assert_nothing_is_left(runs)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_goes_on(
+def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_can_resume(
     ranks: int, make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     # The step takes 20 s more, during which nobody asks whether to stop.
@@ -277,7 +277,7 @@ def test_23_a_second_ctrl_c_ends_all_at_once_and_the_run_goes_on(
     print(f"second Ctrl-C, {ranks} ranks: all gone {seconds:.1f} s later")
     assert launched.process.returncode != 0 and seconds < 8
     assert "the run stops after this step" in launched.output()
-    assert "ended at once; --resume auto goes on" in launched.output()
+    assert "ended at once; --resume auto resumes" in launched.output()
     runs.run(ranks=ranks)
     assert_same(runs.gate(), baseline(ranks, *flags))
     assert_nothing_is_left(runs)
@@ -375,7 +375,7 @@ def damage_and_resume(runs: Runs, damages: list[str], expected: dict[str, str]) 
 @pytest.mark.parametrize(
     "damages", [pytest.param(["bit"], marks=smoke), list(DAMAGES)], ids=["bit", "all"]
 )
-def test_9_damage_falls_back_loudly(
+def test_9_damage_is_logged_and_the_checkpoint_before_is_used(
     damages: list[str], make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     flags = ("--accumulate-steps", "2")
@@ -414,21 +414,21 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     mounted: list[Path] = []
 
     def mount(megabytes: int) -> Path:
-        place = tmp_path / "disk"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", place]
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", disk]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting a small file system is not allowed here")
-        mounted.append(place)
-        return place
+        mounted.append(disk)
+        return disk
 
     yield mount
-    for place in mounted:
-        subprocess.run(["umount", "--lazy", place], check=True)
+    for disk in mounted:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def without_launcher(output: str) -> str:
-    """What was printed before torchrun, too, said that the run failed, with a trace of its own."""
+    """Return the output up to torchrun's error report, which has a traceback too."""
     return output.split("torch/distributed/elastic/multiprocessing/api.py")[0]
 
 
@@ -484,7 +484,7 @@ def test_10_files_larger_than_the_system_allows(make_runs: MakeRuns) -> None:
 # --- 11, 12, 13: launcher killed, rank stopped, loss not finite -----------------------------------
 
 
-def test_11_nobody_outlives_a_killed_launcher(make_runs: MakeRuns, baseline: Baseline) -> None:
+def test_11_no_process_outlives_a_killed_launcher(make_runs: MakeRuns, baseline: Baseline) -> None:
     runs = make_runs()
     for at in ("start", "joined", "step:2", "eval:1"):
         runs.run(ranks=2, check=False, faults=[{"at": at, "do": "SIGKILL", "to": "launcher"}])
@@ -505,8 +505,8 @@ def test_12_a_stopped_rank_is_named(at: str, rank: int, make_runs: MakeRuns) -> 
     launched = runs.start(ranks=3, faults=[fault], patience=patience)
     others = [other for other in range(3) if other != rank]
     launched.wait_for(f"error: [rank {others[0]}] another process of the run died or hangs")
-    found = re.findall(r"error: \[rank (\d)\] another process.*", launched.output())
-    assert set(map(int, found)) <= set(others)
+    ranks = re.findall(r"error: \[rank (\d)\] another process.*", launched.output())
+    assert set(map(int, ranks)) <= set(others)
     print(f"rank {rank} stopped at {at}: named {runs.since_last_fault():.1f} s later")
     named = rf"Ranks? {rank} failed to pass" if rank else r"send/recv from rank 0"
     assert re.search(named, launched.output(), re.IGNORECASE), launched.output()
@@ -603,7 +603,7 @@ def test_15_a_killed_worker_ends_all_ranks_and_the_run_continues(
 # --- 16, 17: old checkpoints, records -------------------------------------------------------------
 
 
-def test_16_a_kill_while_pruning_leaves_nothing_behind(
+def test_16_a_kill_while_pruning_leaves_no_lone_files(
     make_runs: MakeRuns, baseline: Baseline
 ) -> None:
     flags = (*ALONE, "--epochs", "3")
@@ -625,12 +625,12 @@ def test_17_lines_of_the_log_cover_steps_on_both_sides_of_a_stop(make_runs: Make
     whole.run("--accumulate-steps", "2")
     for stop in ("1", "3", "5"):
         stopped.run("--accumulate-steps", "2", "--max-steps", stop)
-    found = []
+    lines = []
     for runs in (whole, stopped):
         records = read_json_lines(runs.folder / "metrics.jsonl")
         assert [r["step"] for r in records if "loss" in r] == [2, 4]
-        found.append([{k: r.get(k) for k in ("step", "loss", "lr", "AP")} for r in records])
-    assert found[0] == found[1]
+        lines.append([{k: r.get(k) for k in ("step", "loss", "lr", "AP")} for r in records])
+    assert lines[0] == lines[1]
 
 
 # --- 24: repeated images --------------------------------------------------------------------------
@@ -650,7 +650,7 @@ def test_24_a_stop_in_an_epoch_that_repeats_images(make_runs: MakeRuns, baseline
 # --- 18, 19, 20, 21: what is refused --------------------------------------------------------------
 
 
-def test_18_a_run_continues_only_as_itself(
+def test_18_a_resume_with_other_settings_is_refused(
     make_runs: MakeRuns, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     runs = make_runs(*ALONE)
@@ -686,9 +686,11 @@ def test_18_a_run_continues_only_as_itself(
 
 @smoke
 @pytest.mark.parametrize("way", ["auto", "path", "weights"])
-def test_19_malice_is_refused_and_does_nothing(way: str, make_runs: MakeRuns) -> None:
+def test_19_a_malicious_checkpoint_is_refused_and_runs_nothing(
+    way: str, make_runs: MakeRuns
+) -> None:
     runs = make_runs(*ALONE)
-    canary, path = runs.place / "canary", runs.place / "evil.pth"
+    canary, path = runs.work_dir / "canary", runs.work_dir / "evil.pth"
     if way == "auto":
         runs.folder.mkdir()
         path = runs.folder / checkpoint.NEWEST
@@ -741,7 +743,7 @@ def test_21_two_runs_do_not_share_a_folder(make_runs: MakeRuns, baseline: Baseli
     assert_same(runs.gate(), baseline(2))
 
 
-def test_the_gate_sees_a_single_bit(make_runs: MakeRuns) -> None:
+def test_the_comparison_of_runs_detects_a_single_bit(make_runs: MakeRuns) -> None:
     runs = make_runs(*ALONE, "--epochs", "1", "--eval-every", "0")
     runs.run()
     expected = runs.gate()

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +35,6 @@ from runtime.options import PATHS
 from tools import check_data, predict
 from utils import UserError
 
-ROOT = Path(__file__).parents[1]
 # The commands of docs/forking.md are for the forks that its diffs make: tests/test_forking.py.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.remove(ROOT / "docs" / "forking.md")
@@ -74,15 +74,15 @@ def test_a_command_of_the_docs_is_accepted_as_written(
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/data.md"])
-def test_a_command_for_own_data_has_weights_or_adamw_with_clipping(page: str) -> None:
+def test_a_command_for_user_data_has_weights_or_adamw_with_clipping(page: str) -> None:
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    found = [
+    commands = [
         train_script.build_parser().parse_args(shlex.split(line)[2:])
         for line in text.splitlines()
         if re.match(r" {4}python train\.py .*--data-path (?!/coco)", line)
     ]
-    assert found
-    for args in found:
+    assert commands
+    for args in commands:
         is_safe = args.opt == "adamw" and args.clip_grad_norm == 1 and args.wd == 0.05
         assert args.weights or args.weights_backbone or args.test_only or is_safe, args
 
@@ -139,7 +139,7 @@ def test_the_sixth_layer_is_for_mobilenet() -> None:
 
 
 @given(st.integers(-(2**70), 2**70), st.floats())
-def test_ranges_are_what_they_say(whole: int, number: float) -> None:
+def test_ranges_accept_and_refuse_what_they_state(whole: int, number: float) -> None:
     for parse, value, is_in in (
         (positive(int), whole, 0 < whole < 2**31),
         (non_negative(int, at_most=9), whole, 0 <= whole <= 9),
@@ -185,7 +185,7 @@ def test_every_flag_is_read() -> None:
     assert flags <= read, flags - read
 
 
-def test_a_resume_compares_what_has_a_say_in_the_numbers() -> None:
+def test_a_resume_compares_each_flag_that_affects_the_numbers() -> None:
     parser = train_script.build_parser()
     assert set(parser.on_resume) == set(vars(train_script.parse_args([])))
     of = {
@@ -207,7 +207,7 @@ def test_help_can_be_read_line_by_line() -> None:
         assert all(action.help and len(action.help) > 5 for action in group)
 
 
-def test_a_checkpoint_takes_the_place_of_defaults() -> None:
+def test_a_checkpoint_replaces_the_defaults() -> None:
     parser = ArgumentParser("test")
     add = parser.group("a", on_resume=REFUSE)
     add("--folder", type=Path, remember=True)

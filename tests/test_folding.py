@@ -1,4 +1,4 @@
-"""A folded normalisation is the same one: pytest tests/test_folding.py."""
+"""Folded normalisation computes the same: pytest tests/test_folding.py."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -65,12 +65,12 @@ def test_every_frozen_normalisation_is_folded_and_training_is_the_same(name: str
     # In double precision: in single, rounding turns a ReLU over here and there.
     x = torch.randn(2, 3, 96, 64, dtype=torch.float64)
     loss, expected = grads(plain.double().train(), x)
-    found_loss, found = grads(folded.double().train(), x)
+    found_loss, actual = grads(folded.double().train(), x)
     torch.testing.assert_close(found_loss, loss, rtol=1e-12, atol=0)
-    assert list(found) == list(expected)
+    assert list(actual) == list(expected)
     for key, value in expected.items():
         # Relative to the largest of the tensor: single gradients are sums that nearly cancel.
-        assert (found[key] - value).abs().max() <= 1e-9 * value.abs().max(), key
+        assert (actual[key] - value).abs().max() <= 1e-9 * value.abs().max(), key
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -78,8 +78,8 @@ def test_inference_and_state_dict_are_the_same_to_the_bit(name: str) -> None:
     plain, folded = both(name)
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        expected, found = plain.eval()(x), folded.eval()(x)
-    assert all(found[level].equal(expected[level]) for level in expected)
+        expected, actual = plain.eval()(x), folded.eval()(x)
+    assert all(actual[level].equal(expected[level]) for level in expected)
     assert list(folded.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(folded.state_dict())
     folded.load_state_dict(plain.state_dict())
@@ -114,7 +114,7 @@ def test_under_autocast_activations_stay_half_as_wide() -> None:
     assert seen == {"plain": {torch.float32}, "folded": {torch.bfloat16}}
 
 
-def test_what_is_not_in_order_is_left_alone() -> None:
+def test_other_layer_orders_are_not_folded() -> None:
     class Parallel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -130,15 +130,15 @@ def test_what_is_not_in_order_is_left_alone() -> None:
         assert [type(module) for module in model.modules()] == before
 
 
-def test_what_is_frozen_is_computed_once_and_again_after_each_change() -> None:
+def test_folded_weights_are_computed_once_and_after_each_change() -> None:
     plain, folded = both("resnet18")
     x = torch.randn(1, 3, 64, 96)
 
     def assert_equal(change: str) -> None:
         loss, expected = grads(plain.train(), x)
-        found_loss, found = grads(folded.train(), x)
+        found_loss, actual = grads(folded.train(), x)
         torch.testing.assert_close(found_loss, loss, rtol=1e-4, atol=0, msg=change)
-        assert list(found) == list(expected), change
+        assert list(actual) == list(expected), change
 
     # Losses of the validation set are computed in training mode before the first training step.
     with torch.inference_mode():

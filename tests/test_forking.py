@@ -1,4 +1,4 @@
-"""The diffs of docs/forking.md apply and do what they say: pytest tests/test_forking.py."""
+"""The diffs of docs/forking.md apply and have their stated effect: pytest tests/test_forking.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 from PIL import Image
 
 from runtime import options

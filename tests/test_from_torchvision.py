@@ -1,4 +1,4 @@
-"""What docs/from_torchvision.md says is so: pytest tests/test_from_torchvision.py.
+"""docs/from_torchvision.md is true: pytest tests/test_from_torchvision.py.
 
 Checkpoints in torchvision's form are made by a plain torchvision model and optimizer.
 """
@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-import torchvision
-from conftest import run_script
+from helpers import LABEL_MAP, ROOT, plain_retinanet, run_script
 from torchvision.models import detection
 
 import train as train_script
@@ -28,7 +27,6 @@ from runtime import checkpoint, resuming
 from runtime.records import read_json_lines
 from utils import UserError
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "from_torchvision.md").read_text()
 # Every flag of references/detection/train.py (pytorch/vision, 0.16 and later).
 THEIRS = """
@@ -52,11 +50,11 @@ def table() -> dict[str, str]:
     return rows
 
 
-def test_the_table_has_every_flag_of_theirs_once() -> None:
+def test_the_table_has_every_flag_of_torchvision_once() -> None:
     assert sorted(table()) == sorted(THEIRS)
 
 
-def test_a_flag_that_is_called_the_same_is_in_the_parser_and_no_other_is() -> None:
+def test_flags_of_the_same_name_are_in_the_parser_and_no_others() -> None:
     ours = {
         flag for action in train_script.build_parser()._actions for flag in action.option_strings
     }
@@ -67,7 +65,7 @@ def test_a_flag_that_is_called_the_same_is_in_the_parser_and_no_other_is() -> No
     assert Counter(table().values())["the same"] > 20
 
 
-def test_their_command_lines_mean_the_same_here() -> None:
+def test_torchvisions_command_lines_mean_the_same_here() -> None:
     lines = re.findall(r"^    (?:torchrun \S+|python) train\.py ((?:.*\\\n)*.*)", PAGE, re.M)
     parse = train_script.build_parser().parse_args
     flags, *others = (parse(shlex.split(line.replace("\\\n", " "))) for line in lines)
@@ -81,15 +79,7 @@ def of_theirs(
 ) -> detection.RetinaNet:
     """Train a plain model for a step and save it as torchvision's scripts do, after `epoch`."""
     torch.manual_seed(5)
-    backbone = detection.backbone_utils.resnet_fpn_backbone(
-        backbone_name="resnet18",
-        weights=None,
-        norm_layer=torch.nn.BatchNorm2d,
-        trainable_layers=5,
-        returned_layers=[2, 3, 4],
-        extra_blocks=torchvision.ops.feature_pyramid_network.LastLevelP6P7(256, 256),
-    )
-    plain = detection.RetinaNet(backbone, 4, min_size=64, max_size=64)
+    plain = plain_retinanet()
     parameters: Any = list(plain.parameters())
     if norm_wd is not None:  # normalisation comes first, and all else after it
         norms = {
@@ -114,15 +104,17 @@ def of_theirs(
     known = {"opt": opt, "model": "retinanet_resnet18_fpn", "batch_size": 2, "amp": False}
     known |= {"dataset": "coco", "weights": None, "weights_backbone": None, "lr": 1e-4, "gpu": 0}
     content = {
-        **{"model": plain.state_dict(), "optimizer": optimizer.state_dict()},
-        **{"lr_scheduler": scheduler.state_dict(), "epoch": epoch},
+        "model": plain.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": scheduler.state_dict(),
+        "epoch": epoch,
         "args": argparse.Namespace(**known | flags),
     }
     torch.save(content, path)
     return plain
 
 
-def test_theirs_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
+def test_a_torchvision_checkpoint_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
     of_theirs(tmp_path / "model_0.pth", data_path=str(tiny_shapes))
     # --min-size is not theirs to remember; data and model are.
     small = ("--min-size", "64", "--max-size", "64", "--device", "cpu", "--workers", "0")
@@ -135,7 +127,7 @@ def test_theirs_is_evaluated(tiny_shapes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "opt, norm_wd", [pytest.param("sgd", None, marks=pytest.mark.slow), ("adamw", 0.0)]
 )
-def test_theirs_is_continued_with_weights_and_optimizer(
+def test_a_torchvision_checkpoint_is_resumed_with_weights_and_optimizer(
     train: Train, tmp_path: Path, opt: str, norm_wd: float | None
 ) -> None:
     plain = of_theirs(tmp_path / "model_3.pth", opt=opt, norm_wd=norm_wd, epoch=3)
@@ -163,28 +155,27 @@ def test_theirs_is_continued_with_weights_and_optimizer(
         assert decays == [0.05, 0.0]
 
 
-def test_theirs_with_other_settings_is_refused_and_what_is_no_run_said(tmp_path: Path) -> None:
+def test_a_torchvision_checkpoint_of_other_settings_or_no_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model_3.pth"
     of_theirs(path, batch_size=4, amp=True)
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
-    own = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
+    ours = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
     with pytest.raises(UserError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
-        resuming.check_same_run(own["args"], now, ["lr"], path)
+        resuming.check_same_run(ours["args"], now, ["lr"], path)
     weights = checkpoint.load(path)["model"]
     with pytest.raises(UserError, match="lacks model, optimizer, epoch, args; .*--weights"):
         resuming.from_torchvision(weights, now, 8, path)
-    assert resuming.from_torchvision(own, now, 8, path) is own
+    assert resuming.from_torchvision(ours, now, 8, path) is ours
 
 
-def test_theirs_gives_weights_and_a_backbone(tmp_path: Path) -> None:
+def test_a_torchvision_checkpoint_gives_weights_and_a_backbone(tmp_path: Path) -> None:
     plain = of_theirs(tmp_path / "model_0.pth")
     weights = read_weights(str(tmp_path / "model_0.pth"), "--weights")
     assert weights.settings is not None and weights.settings["opt"] == "sgd"
-    label_map = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
-    built = build_model("retinanet_resnet18_fpn", label_map, weights_backbone=weights.source)
-    found = built.backbone.body.state_dict()
+    built = build_model("retinanet_resnet18_fpn", LABEL_MAP, weights_backbone=weights.source)
+    actual = built.backbone.body.state_dict()
     expected = plain.backbone.body.state_dict()
-    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    assert all(torch.equal(value, expected[key]) for key, value in actual.items())
 
 
 class Canary(argparse.Namespace):
@@ -195,7 +186,7 @@ class Canary(argparse.Namespace):
 
 
 @pytest.mark.parametrize("where", ["args", "inside"])
-def test_only_a_plain_namespace_is_taken(
+def test_only_a_plain_namespace_is_loaded(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -211,7 +202,7 @@ def test_only_a_plain_namespace_is_taken(
 
 
 @pytest.mark.slow
-def test_ours_loads_there(train: Train, tmp_path: Path) -> None:
+def test_our_checkpoint_loads_in_torchvision(train: Train, tmp_path: Path) -> None:
     train("--epochs", "2", "--eval-every", "0", "--output-dir", tmp_path / "run", "--opt", "sgd")
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     script = script.replace("runs/coco/checkpoint.pth", str(tmp_path / "run" / "checkpoint.pth"))

@@ -315,7 +315,7 @@ def test_the_order_is_another_in_every_epoch_and_for_every_seed() -> None:
     assert len(orders) == 400
 
 
-def test_not_only_the_batches_but_what_they_hold_changes() -> None:
+def test_both_the_batches_and_their_images_change_each_epoch() -> None:
     groups = np.zeros(64, dtype=np.int64)
     first, second = (
         {frozenset(batch) for batch in epoch_batches(groups, 4, 0, epoch).tolist()}
@@ -336,19 +336,21 @@ def test_groups_are_spread_over_the_epoch() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(case=CASES, world_size=st.integers(1, 5), accumulate=st.integers(1, 3))
-def test_processes_share_the_list_of_one(case: Case, world_size: int, accumulate: int) -> None:
+def test_several_processes_share_the_batches_of_one(
+    case: Case, world_size: int, accumulate: int
+) -> None:
     per_step = world_size * accumulate
-    alone = sampler(case, per_step=per_step)
+    single = sampler(case, per_step=per_step)
     samplers = [sampler(case, rank, world_size, per_step) for rank in range(world_size)]
     shares = [list(one) for one in samplers]
-    assert interleaved(shares) == list(alone)
+    assert interleaved(shares) == list(single)
     assert [len(share) for share in shares] == [len(one) for one in samplers]
     # The list of an epoch is the plain one, and then its beginning until the last step is full.
     plain = list(sampler(case))
     count = len(plain)
-    assert len(list(alone)) == alone.steps_per_epoch * per_step
-    assert list(alone) == [plain[i % count] for i in range(alone.steps_per_epoch * per_step)]
-    assert 0 <= len(list(alone)) - count < per_step
+    assert len(list(single)) == single.steps_per_epoch * per_step
+    assert list(single) == [plain[i % count] for i in range(single.steps_per_epoch * per_step)]
+    assert 0 <= len(list(single)) - count < per_step
 
 
 @FEW

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 TOP = {path.stem for path in ROOT.glob("*.py")}
 FOLDERS = ("models", "data", "runtime")
 SOURCES = sorted(
@@ -90,6 +90,12 @@ def test_folders_import_utils_and_themselves_the_top_imports_folders_and_nothing
 )
 def test_an_import_that_points_the_wrong_way_is_found(path: str, source: str) -> None:
     assert wrong_imports(path, source)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=relative)
+def test_no_test_file_imports_another(path: Path) -> None:
+    names = imported_modules(ast.parse(path.read_text()))
+    assert not {name for name in names if name.startswith("test_") or name == "conftest"}
 
 
 def test_folders_export_nothing() -> None:
@@ -170,8 +176,8 @@ def test_no_module_does_work_when_it_is_imported(tmp_path: Path) -> None:
     guilty = tmp_path / "guilty.py"
     guilty.write_text("import torch\nprint('hello')\ntorch.manual_seed(1)\nopen('file', 'w')\n")
     done = imports_do([*names, "guilty"], tmp_path / "said", work, tmp_path)
-    said = done.pop("guilty")
-    assert "hello" in said and "changed: torch.random" in said and "changed: files" in said
+    printed = done.pop("guilty")
+    assert "hello" in printed and "changed: torch.random" in printed and "changed: files" in printed
     assert done == dict.fromkeys(names, "")
 
 
@@ -180,7 +186,7 @@ def test_no_module_does_work_when_it_is_imported(tmp_path: Path) -> None:
 
 def forbidden(source: str) -> list[str]:
     """Return each call in `source` that unpickles, evaluates text, or gives text to a shell."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -198,8 +204,8 @@ def forbidden(source: str) -> list[str]:
             or (name.endswith("get_state_dict") and "weights_only" not in arguments)
         )
         if is_bad:
-            found.append(f"line {node.lineno}: {ast.unparse(node)}")
-    return found
+            calls.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return calls
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -235,7 +241,7 @@ def test_each_forbidden_call_is_found(source: str) -> None:
     assert forbidden(f"def f():\n    return {source}")
 
 
-def test_what_only_looks_like_a_forbidden_call_is_not() -> None:
+def test_similar_but_harmless_calls_are_allowed() -> None:
     source = """
 model.eval()
 torch.load(path, map_location="cpu", weights_only=True)

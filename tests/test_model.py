@@ -90,8 +90,8 @@ def torchvisions(
                 "ssdlite320": models.MobileNet_V3_Large_Weights,
                 "fasterrcnn_mobilenet": models.MobileNet_V3_Large_Weights,
             }
-            found = [w for prefix, w in weights_class.items() if name.startswith(prefix + "_")]
-            backbone = (found or [models.ResNet50_Weights])[0].IMAGENET1K_V1
+            matches = [w for prefix, w in weights_class.items() if name.startswith(prefix + "_")]
+            backbone = (matches or [models.ResNet50_Weights])[0].IMAGENET1K_V1
             return builder(
                 weights=None,
                 weights_backbone=backbone if state is not None else None,
@@ -314,7 +314,7 @@ def test_batches_are_channels_last() -> None:
     assert images.tensors.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_images_keep_their_size_in_training_alone_if_so_told() -> None:
+def test_images_keep_their_size_only_in_training_if_resizing_is_off() -> None:
     base, ours = transforms(resize_in_training=False, min_size=32, max_size=64)
     image, target = torch.rand(3, 100, 70), {"boxes": torch.tensor([[1.0, 2.0, 30.0, 40.0]])}
     images, targets = ours.train()([image], [target])
@@ -412,11 +412,11 @@ def test_the_backbone_gets_the_weights_that_torchvision_gives_it(
             classifier = any_state(architecture)
         state = {key: state.get(key, torch.zeros(v.shape)) for key, v in classifier.items()}
     expected = torchvisions(name, 4, state).backbone.state_dict()
-    found = model.backbone.state_dict()
-    assert found.keys() == expected.keys()
-    from_file = [key for key in found if "fpn" not in key and "extra" not in key]
+    actual = model.backbone.state_dict()
+    assert actual.keys() == expected.keys()
+    from_file = [key for key in actual if "fpn" not in key and "extra" not in key]
     assert len(from_file) > 20
-    assert all(torch.equal(found[key], expected[key]) for key in from_file)
+    assert all(torch.equal(actual[key], expected[key]) for key in from_file)
 
 
 def test_weights_of_another_backbone_are_refused_by_name(tmp_path: Path) -> None:
@@ -431,8 +431,8 @@ def test_a_detectors_file_gives_its_backbone(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": source.state_dict(), "categories": classes("thing")}, path)
     model = build_model(RESNET18, THREE, weights_backbone=str(path))
-    found, given = model.backbone.body.state_dict(), source.backbone.body.state_dict()
-    assert all(torch.equal(value, given[key]) for key, value in found.items())
+    actual, expected = model.backbone.body.state_dict(), source.backbone.body.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in actual.items())
     assert frozen_norms(model)
 
 
@@ -442,15 +442,15 @@ def logged(caplog: pytest.LogCaptureFixture) -> str:
     return text
 
 
-def test_the_log_says_what_a_backbone_takes_from_a_file_and_what_not(
+def test_the_log_lists_what_a_backbone_loads_from_a_file_and_what_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "retinanet")
     path, body = tmp_path / "weights.pth", "backbone.body."
     torch.save(random_state("resnet18"), path)
     build_model(RESNET18, THREE, weights_backbone=str(path))
-    said = logged(caplog)
-    assert said == (
+    text = logged(caplog)
+    assert text == (
         f"weights-backbone {path}: 120 tensors loaded, 2 skipped that belong to no backbone: "
         "fc.bias, fc.weight"
     )
@@ -458,9 +458,9 @@ def test_the_log_says_what_a_backbone_takes_from_a_file_and_what_not(
     run, average = (build_model(RESNET18, classes(name)).state_dict() for name in ("a", "b"))
     torch.save({"model": run, "ema": average, "args": {}, "categories": classes("a")}, path)
     model = build_model(RESNET18, THREE, weights_backbone=str(path))
-    said = logged(caplog)
-    assert "the averaged weights (EMA) are taken" in said and "120 tensors loaded" in said
-    assert said.endswith("backbone.fpn, head.classification_head, head.regression_head")
+    text = logged(caplog)
+    assert "the averaged weights (EMA) are taken" in text and "120 tensors loaded" in text
+    assert text.endswith("backbone.fpn, head.classification_head, head.regression_head")
     for key, value in model.state_dict().items():
         if key.startswith(body):
             assert torch.equal(value, average[key]), key
@@ -506,9 +506,9 @@ def test_class_scores_go_to_the_classes_of_the_same_name(name: str) -> None:
     for label, source in KNOWN.items():
         assert torch.allclose(after[..., label], before[..., source], rtol=1e-4, atol=1e-5)
     # All that does not depend on the classes is the same to the bit, also the proposals' head.
-    loaded, given = model.state_dict(), old.state_dict()
-    changed = [key for key in given if given[key].shape != loaded[key].shape]
-    assert all(torch.equal(given[key], loaded[key]) for key in given if key not in changed)
+    loaded, saved = model.state_dict(), old.state_dict()
+    changed = [key for key in saved if saved[key].shape != loaded[key].shape]
+    assert all(torch.equal(saved[key], loaded[key]) for key in saved if key not in changed)
     assert all("cls" in key or "classification" in key or "bbox_pred" in key for key in changed)
     assert not any(key.startswith("rpn") for key in changed)
     # The two new classes of six keep what they had, wherever their rows lie.
@@ -582,8 +582,8 @@ def test_the_proposals_of_faster_rcnn_do_not_depend_on_the_classes(num_classes: 
     for target in (classes(*names), classes(*reversed(names)), classes("other", *names)):
         model = quick(FASTER_RCNN, target, 2)
         load_weights(model, Weights("file", old.state_dict(), classes(*names)), target)
-        given, loaded = old.rpn.state_dict(), model.rpn.state_dict()
-        assert all(torch.equal(given[key], loaded[key]) for key in given)
+        saved, loaded = old.rpn.state_dict(), model.rpn.state_dict()
+        assert all(torch.equal(saved[key], loaded[key]) for key in saved)
 
 
 @pytest.mark.parametrize("name", [RESNET18, SSDLITE, FASTER_RCNN])
@@ -593,8 +593,8 @@ def test_with_the_same_labels_the_weights_are_taken_to_the_bit(name: str) -> Non
     gaps = [{"name": "cat", "label": 1}, {"name": "dog", "label": 3}, {"name": "cow", "label": 6}]
     old, model = quick(name, gaps, 1), quick(name, gaps, 2)
     assert load_weights(model, Weights("file", old.state_dict(), gaps), gaps) == []
-    given, loaded = old.state_dict(), model.state_dict()
-    assert [key for key in given if not torch.equal(given[key], loaded[key])] == []
+    saved, loaded = old.state_dict(), model.state_dict()
+    assert [key for key in saved if not torch.equal(saved[key], loaded[key])] == []
 
 
 def test_weights_without_class_names_need_the_same_number_of_classes() -> None:
@@ -612,10 +612,10 @@ def test_weights_without_class_names_need_the_same_number_of_classes() -> None:
 def test_weights_of_another_architecture_are_refused(
     other: str, label_map: LabelMap | None
 ) -> None:
-    given = Weights("some.pth", quick(other, OLD, 1).state_dict(), label_map)
+    weights = Weights("some.pth", quick(other, OLD, 1).state_dict(), label_map)
     for target in (OLD, NEW):
         with pytest.raises(UserError, match=r"--weights some\.pth does not fit --model"):
-            load_weights(quick(RESNET18, target, 2), given, target)
+            load_weights(quick(RESNET18, target, 2), weights, target)
 
 
 def test_frozen_and_trained_batch_norm_take_each_others_weights() -> None:
@@ -773,7 +773,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("--weights-backbone", "ResNet50_Weights.IMAGENET1K_V1", "resnet50-0676ba61.pth"),
     ],
 )
-def test_weights_that_cannot_be_had_are_named_with_their_place(
+def test_weights_that_cannot_be_downloaded_are_named_with_their_path(
     cache: Path, flag: str, source: str, file: str
 ) -> None:
     key = flag.removeprefix("--").replace("-", "_")
@@ -790,7 +790,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_place(
     assert weights.published is models.get_weight(source)
 
 
-def test_a_server_that_refuses_is_reported_alike(
+def test_a_server_that_refuses_is_reported_in_the_same_way(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -921,13 +921,13 @@ def training_targets() -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]
     return [torch.rand(3, 150, 170) for _ in range(2)], [target, target]
 
 
-def recorded(module: Any, name: str, found: list[Any]) -> None:
+def recorded(module: Any, name: str, calls: list[Any]) -> None:
     """Let `module` note what its method `name` takes and returns."""
     original = getattr(module, name)
 
     def method(*inputs: Any, **options: Any) -> Any:
         result = original(*inputs, **options)
-        found.append((inputs, result))
+        calls.append((inputs, result))
         return result
 
     setattr(module, name, method)

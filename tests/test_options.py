@@ -15,18 +15,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import make_batches, make_state, weights_of
+from helpers import CPU, LABEL_MAP, make_batches, make_state, weights_of
 from torch import nn
 from torchvision.ops._utils import split_normalization_params
 
 import engine
 import train as train_script
 from models.build import build_model
-from runtime.distributed import Processes
 from runtime.optimization import build_optimizer, lr_factor
 from utils import UserError
 
-LABEL_MAP = [{"id": i, "name": name, "label": i} for i, name in enumerate("abc", start=1)]
 Train = Callable[..., Any]
 
 
@@ -68,7 +66,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path, larg
         state.model,
         state,
         make_batches(1, size=1),
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=1,
         batch_weight=lambda position: 1.0,
@@ -83,14 +81,14 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(tmp_path: Path, larg
         assert 0.05 < norm < largest  # the gradient as it was
 
 
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_moves(tmp_path: Path) -> None:
+def test_frozen_weights_stay_to_the_bit_and_others_change(tmp_path: Path) -> None:
     state = make_state(tmp_path)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
     engine.train_one_epoch(
         state.model,
         state,
         make_batches(2, size=1),
-        Processes(torch.device("cpu")),
+        CPU,
         seed=0,
         batches_per_step=1,
         batch_weight=lambda position: 1.0,
@@ -137,15 +135,16 @@ def test_scale_lr_is_linear_in_the_images_of_a_step(
     train: Train, tmp_path: Path, processes: int, batch: int, accumulated: int
 ) -> None:
     train(
-        *("--scale-lr", "--lr", "1e-3", "--batch-size", str(batch), "--max-steps", "1"),
-        *("--accumulate-steps", str(accumulated), "--eval-every", "0", "--warmup-steps", "0"),
-        *("--output-dir", tmp_path / "run"),
+        "--output-dir",
+        tmp_path / "run",
+        *f"--scale-lr --lr 1e-3 --batch-size {batch} --accumulate-steps {accumulated}".split(),
+        *"--max-steps 1 --eval-every 0 --warmup-steps 0".split(),
         processes=processes,
     )
     images = processes * batch * accumulated
-    about = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert about["global_batch"] == images
-    assert about["effective_lr"] == pytest.approx(1e-3 * images / 16)
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["global_batch"] == images
+    assert record["effective_lr"] == pytest.approx(1e-3 * images / 16)
     saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert saved["lr_scheduler"]["base_lrs"] == [pytest.approx(1e-3 * images / 16)]
 

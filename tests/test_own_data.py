@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torchvision import models
 
 import train as train_script
@@ -27,8 +27,8 @@ from tools import check_data, convert, predict, visualize
 PAGE = (ROOT / "docs" / "own_data.md").read_text()
 WEIGHTS = models.detection.RetinaNet_ResNet50_FPN_Weights.COCO_V1
 SHORT = (
-    *("--min-size", "96", "--max-size", "128", "--batch-size", "16", "--epochs", "1"),
-    *("--lr-steps", "1", "--workers", "0", "--device", "cpu", "--print-freq", "1"),
+    "--min-size 96 --max-size 128 --batch-size 16 --epochs 1 --lr-steps 1 --workers 0 "
+    "--device cpu --print-freq 1".split()
 )
 
 
@@ -40,8 +40,8 @@ def commands() -> Iterator[str]:
 
 def block(start: str) -> list[str]:
     """Return the lines of the indented block that begins with `start`."""
-    (found,) = re.findall(rf"^    {re.escape(start)}.*\n(?:    .*\n)*", PAGE, re.M)
-    return [line[4:] for line in found.splitlines()]
+    (lines,) = re.findall(rf"^    {re.escape(start)}.*\n(?:    .*\n)*", PAGE, re.M)
+    return [line[4:] for line in lines.splitlines()]
 
 
 @pytest.fixture
@@ -63,18 +63,18 @@ def place(bccd: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: str, place: Path) -> str:
-    """Run one command there as a user does, and return what it said."""
+def run(command: str, folder: Path) -> str:
+    """Run one command in `folder` as a user does, and return its output."""
     environment: dict[str, Any] = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_HOME": str(place / "torch"),
-        "XDG_CACHE_HOME": str(place / "cache"),
+        "TORCH_HOME": str(folder / "torch"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
         shlex.split(command),
-        cwd=place,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -106,20 +106,20 @@ def test_the_commands_parse_and_are_in_the_readme() -> None:
 
 @pytest.mark.slow
 def test_the_page_leads_from_a_folder_to_predictions(place: Path) -> None:
-    said = {}
+    printed = {}
     for command in commands():
         name = next(w for w in command.split()[1:] if not w.startswith("-"))
         if name == "train.py":
             command += " " + " ".join(SHORT)
-        said[name if name != "tools.visualize" else command.split()[3]] = run(command, place)
+        printed[name if name != "tools.visualize" else command.split()[3]] = run(command, place)
     assert (place / "mydata.png").stat().st_size > 10_000
     assert (place / "batch.jpg").stat().st_size > 10_000
-    assert "at least 0.98: keep them" in said["anchor-fit"]
+    assert "at least 0.98: keep them" in printed["anchor-fit"]
     for line in block("weights RetinaNet_ResNet50_FPN_Weights.COCO_V1: "):
-        assert line in said["train.py"]
-    assert "Average Precision" in said["train.py"]
+        assert line in printed["train.py"]
+    assert "Average Precision" in printed["train.py"]
     assert (place / "runs" / "mydata" / "best.pth").is_file()
-    assert list((place / "runs" / "mydata").rglob("errors.png")), said["tools.report"]
+    assert list((place / "runs" / "mydata").rglob("errors.png")), printed["tools.report"]
     assert (place / "predictions" / "detections.json").is_file()
     assert len(list((place / "predictions" / "pictures").iterdir())) == 72
 

@@ -8,13 +8,20 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import utils
 
 COMMANDS = (
-    *("train", "tools.benchmark", "tools.check_data", "docs.explain", "tools.export"),
-    *("tools.predict", "tools.report", "tools.score", "tools.visualize"),
+    "train",
+    "tools.benchmark",
+    "tools.check_data",
+    "docs.explain",
+    "tools.export",
+    "tools.predict",
+    "tools.report",
+    "tools.score",
+    "tools.visualize",
 )
 # Libraries load as on this machine; then the project meets a Python without what Windows lacks.
 WINDOWS = """
@@ -48,12 +55,12 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_command_says_first_that_windows_will_not_do() -> None:
+def test_every_command_refuses_windows_first() -> None:
     done = run_python(WINDOWS.format(names=COMMANDS, root=str(ROOT)))
     assert done.returncode == 0, done.stderr
-    said = done.stderr.splitlines()
-    assert [line.split()[0] for line in said] == list(COMMANDS)
-    for line in said:
+    lines = done.stderr.splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    for line in lines:
         assert "needs Linux, macOS or WSL" in line
     assert done.stdout == ""
 

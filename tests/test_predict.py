@@ -1,4 +1,4 @@
-"""Prediction equals the model's own, for files, folders and patterns; bad images are said.
+"""Predictions equal the model's, for files, folders and patterns; bad images are reported.
 
 python -m pytest tests/test_predict.py
 """
@@ -14,29 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import CAT_AND_DOG
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-from models.build import build_model, load_detector
+from models.build import load_detector
 from runtime import checkpoint
 from tools import predict, visualize
 from tools.plots import method
 from utils import UserError
-
-LABEL_MAP = [{"id": 3, "name": "cat", "label": 1}, {"id": 8, "name": "dog", "label": 2}]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a detector that finds something: its scores all lie near one half."""
-    args: dict[str, Any] = {"model": "retinanet_resnet18_fpn", "min_size": 64, "max_size": 64}
-    torch.manual_seed(0)
-    model = build_model(args["model"], LABEL_MAP, min_size=64, max_size=64)
-    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)
-    path = tmp_path_factory.mktemp("run") / "best.pth"
-    content = {"model": model.state_dict(), "ema": None, "args": args, "categories": LABEL_MAP}
-    checkpoint.save(content, path)
-    return path
 
 
 @pytest.fixture
@@ -61,16 +47,18 @@ def test_results_are_those_of_the_model_called_by_hand(
     assert run("--checkpoint", trained, images, *flags) == 0
     results = json.loads((out / "detections.json").read_text())
     model, label_map = load_detector(str(trained))
-    assert label_map == LABEL_MAP and not model.training
+    assert label_map == CAT_AND_DOG and not model.training
     with torch.no_grad():
-        (found,) = model([decode_image(str(images / "sub" / "a.jpg"), ImageReadMode.RGB) / 255])
-    kept = (found["scores"] >= 0.3) & (found["labels"] > 0)  # untrained, it sees background, too
-    own = [r for r in results if r["file_name"].endswith("sub/a.jpg")]
-    assert len(own) == int(kept.sum()) > 0
-    assert [r["score"] for r in own] == found["scores"][kept].tolist()
+        (detected,) = model([decode_image(str(images / "sub" / "a.jpg"), ImageReadMode.RGB) / 255])
+    kept = (detected["scores"] >= 0.3) & (
+        detected["labels"] > 0
+    )  # untrained, it sees background, too
+    of_image = [r for r in results if r["file_name"].endswith("sub/a.jpg")]
+    assert len(of_image) == int(kept.sum()) > 0
+    assert [r["score"] for r in of_image] == detected["scores"][kept].tolist()
     assert {(r["category_id"], r["category"]) for r in results} <= {(3, "cat"), (8, "dog")}
-    x1, y1, x2, y2 = found["boxes"][kept][0].tolist()
-    assert own[0]["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+    x1, y1, x2, y2 = detected["boxes"][kept][0].tolist()
+    assert of_image[0]["bbox"] == [x1, y1, x2 - x1, y2 - y1]
     with (out / "detections.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["score"]) for row in rows] == [r["score"] for r in results]
@@ -79,23 +67,23 @@ def test_results_are_those_of_the_model_called_by_hand(
     assert pictures == {"a.jpg.jpg", "a.png.jpg", "sub/a.jpg"}
 
 
-def test_an_image_that_cannot_be_read_is_said_and_the_rest_goes_on(
+def test_an_unreadable_image_is_reported_and_the_others_are_predicted(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "b.jpg").write_bytes((images / "a.jpg").read_bytes()[:300])
     (images / "c.jpg").write_bytes(b"")
     out = tmp_path / "out"
     assert run("--checkpoint", trained, images, "--output-dir", out, "--batch-size", "2") == 1
-    told = capsys.readouterr()
-    assert "in 3 images" in told.out
-    assert [line.split(": ")[1] for line in told.err.splitlines()] == [
+    printed = capsys.readouterr()
+    assert "in 3 images" in printed.out
+    assert [line.split(": ")[1] for line in printed.err.splitlines()] == [
         *(f"{images / name}" for name in ("b.jpg", "c.jpg")),
     ]
-    assert "is empty" in told.err and "is damaged" in told.err
+    assert "is empty" in printed.err and "is damaged" in printed.err
     assert len(list((out / "pictures").rglob("*.jpg"))) == 3
 
 
-def test_odd_files_cost_no_other_image_its_results(
+def test_odd_files_do_not_affect_other_images(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(images / "pipe.jpg")  # opened, it would wait until somebody writes to it
@@ -107,9 +95,9 @@ def test_odd_files_cost_no_other_image_its_results(
     out = tmp_path / "out"
     (out / "pictures" / "b.jpg").mkdir(parents=True)  # so that its picture cannot be written
     assert run("--checkpoint", trained, images, "--output-dir", out, "--workers", "1", "--csv") == 1
-    told = capsys.readouterr()
-    assert "in 4 images" in told.out
-    assert sorted(told.err.splitlines()) == [
+    printed = capsys.readouterr()
+    assert "in 4 images" in printed.out
+    assert sorted(printed.err.splitlines()) == [
         f"error: {images}/gone.jpg: is missing",
         f"error: {images}/pipe.jpg: is missing: not a regular file",
         f"error: {images}/thin.png: is 20000 x 1: resized, a side has less than one pixel",
@@ -122,7 +110,7 @@ def test_odd_files_cost_no_other_image_its_results(
 
 
 class CrashingFiles(predict.ImageFiles):
-    """Images of which those named crash… end the process that reads them, as a decoder may."""
+    """Images; those named crash… kill the process that reads them, as a decoder may."""
 
     def __getitem__(self, number: int) -> predict.Loaded:
         if self.paths[number].name.startswith("crash"):
@@ -154,7 +142,7 @@ def test_a_decoder_that_crashes_costs_only_its_file(
     assert "in 7 images" in printed.out
 
 
-def test_what_was_found_is_written_when_prediction_is_interrupted(
+def test_detections_so_far_are_written_on_an_interrupt(
     trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = predict.write_picture
@@ -176,17 +164,16 @@ def test_no_two_images_become_one_picture(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in names]
     pictures = predict.picture_paths([*paths, paths[3], paths[0]], tmp_path)
     assert len(set(pictures)) == len(pictures) == 9
-    assert [p.relative_to(tmp_path / "pictures").as_posix() for p in pictures[:3]] == [
-        *("a.jpg.jpg", "a.png.jpg", "a.jpg_2.jpg")
-    ]
+    first = [p.relative_to(tmp_path / "pictures").as_posix() for p in pictures[:3]]
+    assert first == ["a.jpg.jpg", "a.png.jpg", "a.jpg_2.jpg"]
 
 
 def test_the_picture_of_a_link_has_the_name_of_the_link(images: Path, tmp_path: Path) -> None:
     links = [tmp_path / name for name in ("1.jpg", "2.jpg")]
     for link in links:
         link.symlink_to(images / "sub" / "a.jpg")
-    found = predict.picture_paths(links, tmp_path / "out")
-    assert found == [tmp_path / "out" / "pictures" / link.name for link in links]
+    pictures = predict.picture_paths(links, tmp_path / "out")
+    assert pictures == [tmp_path / "out" / "pictures" / link.name for link in links]
 
 
 def test_patterns_do_not_follow_links_that_lead_in_circles(images: Path) -> None:
@@ -202,8 +189,8 @@ def test_patterns_do_not_follow_links_that_lead_in_circles(images: Path) -> None
 
 
 def test_files_folders_and_patterns_name_each_image_once(images: Path) -> None:
-    found = predict.find_images([str(images), str(images / "a.png"), str(images / "**" / "*.jpg")])
-    assert found == [images / "a.jpg", images / "a.png", images / "sub" / "a.jpg"]
+    paths = predict.find_images([str(images), str(images / "a.png"), str(images / "**" / "*.jpg")])
+    assert paths == [images / "a.jpg", images / "a.png", images / "sub" / "a.jpg"]
     with pytest.raises(UserError, match=r"nothing\*.jpg: no image there"):
         predict.find_images([str(images), "nothing*.jpg"])
 
@@ -218,7 +205,9 @@ def test_an_image_is_seen_as_exif_turns_it(trained: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("content", ["checkpoint", "weights"])
-def test_what_is_no_detector_is_refused(content: str, trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_no_detector_is_refused(
+    content: str, trained: Path, tmp_path: Path
+) -> None:
     if content == "checkpoint":
         source = tmp_path / "plain.pth"
         torch.save(checkpoint.load(trained)["model"], source)

@@ -4,9 +4,9 @@ Pictures are drawn, augmented many times, and each returned box is compared with
 object in the result. Two drawings serve:
 
 - Channels: object k is all of colour channel k, on black, so that objects may overlap and resizing
-  blurs nothing but edges. The label says the channel.
+  blurs nothing but edges. The label is the channel.
 - Stripes: grey objects on black, told apart by their stripes, which no change of colours hides
-  (`ssd` distorts colours, but resizes nothing). The label says the direction of the stripes.
+  (`ssd` distorts colours, but resizes nothing). The label is the direction of the stripes.
 
 Covers transforms.py as well.
 """
@@ -103,8 +103,8 @@ def extent(mask: np.ndarray) -> np.ndarray | None:
 
 def find_channels(image: Tensor) -> dict[int, np.ndarray]:
     """Return the extent of each object; the padding of `lsj` is below 127 in every channel."""
-    found = {channel + 1: extent((image[channel] > 127).numpy()) for channel in range(3)}
-    return {label: box for label, box in found.items() if box is not None}
+    extents = {channel + 1: extent((image[channel] > 127).numpy()) for channel in range(3)}
+    return {label: box for label, box in extents.items() if box is not None}
 
 
 def is_object(image: Tensor) -> np.ndarray:
@@ -194,7 +194,7 @@ def test_ssd_keeps_boxes_and_labels_on_objects_whatever_it_does_to_colours() -> 
             around[max(top - 1, 0) : bottom + 1, max(left - 1, 0) : right + 1] = True
             assert not objects[around & ~inside].any(), "the object goes on outside of its box"
             outside &= ~inside
-            if min(right - left, bottom - top) >= 5:  # smaller than that, stripes cannot be told
+            if min(right - left, bottom - top) >= 5:  # stripes of smaller boxes are not visible
                 assert stripes(result, box) == label
                 checked += 1
         lost += 3 - len(labels)
@@ -208,7 +208,7 @@ def test_ssd_keeps_boxes_and_labels_on_objects_whatever_it_does_to_colours() -> 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_policy_changes_the_image_and_depends_on_torchs_random_numbers_alone(policy: str) -> None:
     image, target = draw_channels(0)
-    # A fixed number per policy, of which at least two are not equal.
+    # A fixed number per policy; at least two differ.
     results = [augment(policy, image, target, seed)[0] for seed in range(6)]
     assert any(not torch.equal(results[0], other) for other in results[1:])
     np.random.seed(0)
@@ -218,7 +218,7 @@ def test_a_policy_changes_the_image_and_depends_on_torchs_random_numbers_alone(p
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_goes_in_is_left_as_it_was(policy: str) -> None:
+def test_the_input_is_unchanged(policy: str) -> None:
     image, target = draw_channels(1)
     pixels, boxes, labels = image.clone(), target["boxes"].clone(), target["labels"].clone()
     for seed in range(5):
@@ -239,7 +239,7 @@ def test_an_image_without_objects_goes_through(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", CROPPING)
 def test_no_box_of_less_than_a_pixel_is_left_by_a_crop(policy: str) -> None:
-    # A grid of narrow boxes, of which crops leave slivers of every width.
+    # A grid of narrow boxes; crops leave slivers of every width.
     side = 96
     starts = np.arange(0.0, side - 3, 1.7)
     boxes = [[x, y, x + 2.5, y + 2.5] for x in starts[::5] for y in starts[::5]]
@@ -329,7 +329,7 @@ def test_lsj_pads_below_and_on_one_side_alone() -> None:
     assert padded > 3 and mirrored > 1
 
 
-def test_lsj_says_that_it_makes_one_size() -> None:
+def test_lsj_is_listed_as_a_policy_of_one_size() -> None:
     assert "lsj" in presets.FIXED_SIZE and "lsj" in RESIZING
 
 
@@ -353,7 +353,7 @@ def test_an_unknown_policy_is_named_with_the_choices() -> None:
 
 
 def numbered(height: int, width: int) -> Tensor:
-    """An image whose pixels say where they were: (row, column, 200)."""
+    """An image whose pixels hold their position: (row, column, 200)."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows, columns, torch.full_like(rows, 200)]).to(torch.uint8)
 
@@ -391,6 +391,6 @@ def test_fixed_size_crop_reaches_every_place_equally() -> None:
     for _ in range(600):
         image = crop(tv_tensors.Image(numbered(6, 5)))
         places.append((int(image[0, 0, 0]), int(image[1, 0, 0])))
-    counts = {place: places.count(place) for place in set(places)}
+    counts = {position: places.count(position) for position in set(places)}
     assert set(counts) == {(top, left) for top in range(3) for left in range(2)}
     assert min(counts.values()) > 60 and max(counts.values()) < 140

@@ -1,4 +1,4 @@
-"""What people see while a run trains: pytest tests/test_progress.py."""
+"""The bar, the log and TensorBoard of a run: pytest tests/test_progress.py."""
 
 import fcntl
 import json
@@ -31,12 +31,12 @@ from runtime.summary import (
 Train = Callable[..., Any]
 
 
-def run_on_a_terminal(columns: int, *flags: str) -> tuple[int, str]:
+def run_on_a_terminal(columns: int, flags: str) -> tuple[int, str]:
     """Run train.py on a terminal; return its exit status and all that the terminal got."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "train.py", *flags]
+    command = [sys.executable, "train.py", *flags.split()]
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True
     )
@@ -45,7 +45,7 @@ def run_on_a_terminal(columns: int, *flags: str) -> tuple[int, str]:
     try:
         while part := os.read(ours, 65536):
             parts.append(part)
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # Linux raises this when the other side is closed
         pass
     os.close(ours)
     return process.wait(), b"".join(parts).decode()
@@ -56,10 +56,9 @@ def on_a_terminal(tiny_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("terminal") / "run"
     status, text = run_on_a_terminal(
         160,
-        *("--data-path", str(tiny_shapes), "--model", "retinanet_resnet18_fpn", "--lr", "1e-3"),
-        *("--min-size", "64", "--max-size", "64", "--epochs", "2", "--lr-steps", "1"),
-        *("--batch-size", "4", "--workers", "1", "--print-freq", "2", "--tensorboard"),
-        *("--output-dir", str(folder)),
+        f"--data-path {tiny_shapes} --output-dir {folder} --model retinanet_resnet18_fpn "
+        "--min-size 64 --max-size 64 --lr 1e-3 --epochs 2 --lr-steps 1 --batch-size 4 "
+        "--workers 1 --print-freq 2 --tensorboard",
     )
     assert status == 0, text
     return folder, text
@@ -83,13 +82,13 @@ def test_a_terminal_has_a_bar_in_place_of_the_lines(on_a_terminal: tuple[Path, s
     assert "AP" in text and "AP" in log  # all else is in both
 
 
-def test_the_start_says_what_will_run(on_a_terminal: tuple[Path, str]) -> None:
+def test_the_log_starts_with_the_setup(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal
-    about = json.loads((folder / "args.json").read_text())["summary"]
-    for name, value in about.items():
+    setup = json.loads((folder / "args.json").read_text())["summary"]
+    for name, value in setup.items():
         assert re.search(rf"  {name} +{re.escape(value)}", text), name
-    assert {"data", "classes", "model", "global batch", "learning rate", "precision"} <= set(about)
-    assert {"devices", "versions", "git revision"} <= set(about)
+    assert {"data", "classes", "model", "global batch", "learning rate", "precision"} <= set(setup)
+    assert {"devices", "versions", "git revision"} <= set(setup)
 
 
 def test_tensorboard_gets_scalars_and_sample_images(on_a_terminal: tuple[Path, str]) -> None:
@@ -122,9 +121,8 @@ def test_tensorboard_shows_each_step_once_after_a_crash(train: Train, tmp_path: 
 def test_a_terminal_without_a_width_gets_lines(tiny_shapes: Path, tmp_path: Path) -> None:
     status, text = run_on_a_terminal(
         0,
-        *("--data-path", str(tiny_shapes), "--model", "retinanet_resnet18_fpn", "--min-size", "64"),
-        *("--max-size", "64", "--print-freq", "1", "--max-steps", "1", "--workers", "0"),
-        *("--output-dir", str(tmp_path / "run")),
+        f"--data-path {tiny_shapes} --output-dir {tmp_path / 'run'} --model retinanet_resnet18_fpn "
+        "--min-size 64 --max-size 64 --print-freq 1 --max-steps 1 --workers 0",
     )
     assert status == 0, text
     assert re.search(r"step 1  epoch 0  loss ", text) and "%|" not in text
@@ -154,12 +152,12 @@ def test_time_left_is_that_of_the_images_left() -> None:
         ("adamw", 0.01, 16, False, "would be 0.0001"),
     ],
 )
-def test_a_rate_that_does_not_fit_the_batch_is_said(
+def test_a_rate_that_does_not_fit_the_batch_is_warned_of(
     opt: str, lr: float, batch: int, is_from_detector: bool, expected: str | None
 ) -> None:
-    found = rate_warnings(opt, lr, batch, is_from_detector)
-    assert len(found) == (expected is not None)
-    assert expected is None or expected in found[0] and f"batch of {batch}" in found[0]
+    warnings = rate_warnings(opt, lr, batch, is_from_detector)
+    assert len(warnings) == (expected is not None)
+    assert expected is None or expected in warnings[0] and f"batch of {batch}" in warnings[0]
 
 
 @pytest.mark.parametrize("batch", [2, 16, 128])
@@ -176,7 +174,7 @@ def test_sgd_from_scratch_without_clipping_is_warned_of_at_any_batch_size(
     assert scratch_warnings("sgd", True, 1.0) == []
 
 
-def test_the_start_says_which_weights_are_loaded(on_a_terminal: tuple[Path, str]) -> None:
+def test_the_setup_names_the_weights(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal  # SGD from scratch
     assert re.search(r"  weights +none: everything random", text)
     assert text.count("warning: everything is random and sgd does not clip") == 1
@@ -186,7 +184,7 @@ def test_the_start_says_which_weights_are_loaded(on_a_terminal: tuple[Path, str]
     assert describe_weights(None, "b.pth", 7) == f"of step 7; at the start {backbone}"
 
 
-def test_more_workers_than_cores_are_said() -> None:
+def test_more_workers_than_cores_are_warned_of() -> None:
     assert worker_warnings(4, 8, 32) == []
     (warning,) = worker_warnings(4, 8, 16)
     assert "--workers 2 " in warning
@@ -194,7 +192,7 @@ def test_more_workers_than_cores_are_said() -> None:
     assert "--workers 1 " in warning
 
 
-def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
+def test_waiting_for_data_is_warned_of_with_a_number_of_workers() -> None:
     assert waiting_warnings(0.2, 4) == []
     (warning,) = waiting_warnings(0.5, 4)
     assert "50%" in warning and "--workers at least 8 " in warning
@@ -202,14 +200,14 @@ def test_waiting_for_data_is_said_with_the_workers_it_takes() -> None:
     assert "--workers as many as there are cores" in warning
 
 
-def test_slow_precision_is_said() -> None:
+def test_slow_precision_is_warned_of() -> None:
     (warning,) = precision_warnings("fp16", torch.device("cpu"))
     assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
     assert precision_warnings("bf16", torch.device("cpu")) == []
     assert precision_warnings("fp16", torch.device("cuda")) == []
 
 
-def test_too_little_shared_memory_is_said_with_what_to_do() -> None:
+def test_too_little_shared_memory_is_warned_of_with_the_fix() -> None:
     assert shared_memory_warnings(4, 8, 1_000_000, 96_000_000) == []
     assert shared_memory_warnings(0, 8, 1_000_000, 0) == []
     (warning,) = shared_memory_warnings(4, 8, 1_000_000, 64_000_000)

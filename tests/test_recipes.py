@@ -1,4 +1,4 @@
-"""Every recipe says what is published, parses, and trains: pytest tests/test_recipes.py.
+"""Every recipe has the published numbers, parses, and trains: pytest tests/test_recipes.py.
 
 The scripts run as they are, with stand-ins for what they call. One writes down the flags, which are
 compared with the published numbers; the other starts the real torchrun for two steps on small
@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from torch.distributed.run import get_args_parser
 from torchvision import models
 
 import train as train_script
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "recipes").glob("*.sh"))
 COCO_RECIPES = [path for path in SCRIPTS if path.name.startswith("retinanet_")]
 # What recipes call: it writes down its arguments, which are separated as no argument is.
@@ -35,17 +35,17 @@ LAUNCHER = """#!/usr/bin/env bash
 exec "$PYTHON" -m torch.distributed.run --standalone "$@"
 """
 SMALL = (
-    *("--device", "cpu", "--workers", "0", "--batch-size", "1", "--print-freq", "1"),
-    *("--max-steps", "2", "--eval-every", "0", "--clip-grad-norm", "1"),
+    "--device cpu --workers 0 --batch-size 1 --print-freq 1 --max-steps 2 --eval-every 0 "
+    "--clip-grad-norm 1".split()
 )
-TINY = ("--model", "retinanet_resnet18_fpn", "--min-size", "64", "--max-size", "64")
+SMALL_MODEL = "--model retinanet_resnet18_fpn --min-size 64 --max-size 64".split()
 
 
 def run(
-    script: Path, place: Path, stand_in: str, *flags: str | Path, check: bool = True, **env: Any
+    script: Path, folder: Path, stand_in: str, *flags: str | Path, check: bool = True, **env: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run a recipe whose torchrun is `stand_in`, and in whose name no other variables are set."""
-    tools = place / "bin"
+    tools = folder / "bin"
     tools.mkdir(exist_ok=True)
     (tools / "torchrun").write_text(stand_in)
     (tools / "torchrun").chmod(0o755)
@@ -53,12 +53,12 @@ def run(
         **{k: v for k, v in os.environ.items() if k not in ("DATA", "GPUS", "OUTPUT", "NODES")},
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
-        "RECORD": str(place / "record"),
+        "RECORD": str(folder / "record"),
         **{name: str(value) for name, value in env.items()},
     }
     done = subprocess.run(
         ["bash", str(script), *map(str, flags)],
-        cwd=place,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -69,15 +69,15 @@ def run(
     return done
 
 
-def flags_of(script: Path, place: Path, *given: str, **env: Any) -> tuple[int, Namespace]:
+def flags_of(script: Path, folder: Path, *extra: str, **env: Any) -> tuple[int, Namespace]:
     """Return how many processes a recipe starts on a machine, and with which flags of train.py."""
-    python = place / "python"
+    python = folder / "python"
     python.write_text(RECORDER)
     python.chmod(0o755)
     host = ("node1",) if script.stem == "two_nodes" else ()
-    run(script, place, RECORDER, *host, *given, PYTHON=python, DATA="/my data", **env)
-    words = (place / "record").read_text().split("\0")
-    (place / "record").unlink()
+    run(script, folder, RECORDER, *host, *extra, PYTHON=python, DATA="/my data", **env)
+    words = (folder / "record").read_text().split("\0")
+    (folder / "record").unlink()
     if words[0] == "python":
         end = words.index("python", 1)  # where tools.report begins
         assert words[1] == "train.py" and words[end + 1 : end + 3] == ["-m", "tools.report"]
@@ -95,40 +95,69 @@ SIXTEEN = {"gpus": 8, "batch_size": 2, "accumulate_steps": 1}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "retinanet_r50_fpn_26e": {
         **SGD | SIXTEEN,
-        **{"model": "retinanet_resnet50_fpn", "epochs": 26, "lr_steps": [16, 22]},
-        **{"data_augmentation": "hflip", "aspect_ratio_group_factor": 3, "amp": None},
-        **{"min_size": None, "max_size": None},  # the model's own: 800 and 1333
+        "model": "retinanet_resnet50_fpn",
+        "epochs": 26,
+        "lr_steps": [16, 22],
+        "data_augmentation": "hflip",
+        "aspect_ratio_group_factor": 3,
+        "amp": None,
+        "min_size": None,
+        "max_size": None,  # the model's own: 800 and 1333
         "weights_backbone": "ResNet50_Weights.IMAGENET1K_V1",
     },
     "retinanet_r50_fpn_v2_26e": {
         **ADAMW | SIXTEEN,
-        **{"model": "retinanet_resnet50_fpn_v2", "epochs": 26, "lr_steps": [16, 22]},
-        **{"data_augmentation": "multiscale", "norm_weight_decay": 0, "sync_bn": True},
+        "model": "retinanet_resnet50_fpn_v2",
+        "epochs": 26,
+        "lr_steps": [16, 22],
+        "data_augmentation": "multiscale",
+        "norm_weight_decay": 0,
+        "sync_bn": True,
         "weights_backbone": "ResNet50_Weights.IMAGENET1K_V2",
     },
     "retinanet_r50_fpn_rsb_adamw_12e": {
         **ADAMW | SIXTEEN,
-        **{"model": "retinanet_resnet50_fpn", "epochs": 12, "lr_steps": [8, 11]},
-        **{"data_augmentation": "hflip", "warmup_steps": 500},
+        "model": "retinanet_resnet50_fpn",
+        "epochs": 12,
+        "lr_steps": [8, 11],
+        "data_augmentation": "hflip",
+        "warmup_steps": 500,
         "weights_backbone": "ResNet50_Weights.IMAGENET1K_V2",
     },
     "retinanet_r50_fpn_ms_36e": {
         **SGD | SIXTEEN,
-        **{"model": "retinanet_resnet50_fpn", "epochs": 36, "lr_steps": [27, 33]},
-        **{"data_augmentation": "multiscale", "warmup_steps": 500},
+        "model": "retinanet_resnet50_fpn",
+        "epochs": 36,
+        "lr_steps": [27, 33],
+        "data_augmentation": "multiscale",
+        "warmup_steps": 500,
         "weights_backbone": "ResNet50_Weights.IMAGENET1K_V1",
     },
     "retinanet_r50_fpn_lsj_100e_ema_bf16": {
         **SGD,
-        **{"model": "retinanet_resnet50_fpn", "epochs": 100, "data_augmentation": "lsj"},
-        **{"amp": "bf16", "ema_decay": 0.9998, "lr_scheduler": "cosineannealinglr"},
-        **{"min_size": None, "max_size": None},  # evaluation at the model's own: 800 and 1333
+        "model": "retinanet_resnet50_fpn",
+        "epochs": 100,
+        "data_augmentation": "lsj",
+        "amp": "bf16",
+        "ema_decay": 0.9998,
+        "lr_scheduler": "cosineannealinglr",
+        "min_size": None,
+        "max_size": None,  # evaluation at the model's own: 800 and 1333
     },
     "shapes": {"dataset": "shapes", "epochs": 6, "model": "retinanet_resnet50_fpn"},
     "bccd": {
-        **{"model": "retinanet_resnet18_fpn", "min_size": 320, "max_size": 427, "batch_size": 4},
-        **{"opt": "adamw", "lr": 5e-4, "wd": 0.05, "clip_grad_norm": 1, "amp": "bf16"},
-        **{"epochs": 15, "lr_steps": [12], "warmup_steps": 100},
+        "model": "retinanet_resnet18_fpn",
+        "min_size": 320,
+        "max_size": 427,
+        "batch_size": 4,
+        "opt": "adamw",
+        "lr": 5e-4,
+        "wd": 0.05,
+        "clip_grad_norm": 1,
+        "amp": "bf16",
+        "epochs": 15,
+        "lr_steps": [12],
+        "warmup_steps": 100,
     },
     "two_nodes": {"gpus": 8, "scale_lr": True},
 }
@@ -137,9 +166,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_recipe_means_the_published_numbers(script: Path, tmp_path: Path) -> None:
     gpus, flags = flags_of(script, tmp_path)
-    found = vars(flags) | {"gpus": gpus}
+    actual = vars(flags) | {"gpus": gpus}
     expected = PUBLISHED[script.stem]
-    assert {name: found[name] for name in expected} == expected
+    assert {name: actual[name] for name in expected} == expected
     assert flags.resume == "auto" and flags.output_dir.parts[0] == "runs"
 
 
@@ -167,7 +196,7 @@ MEASURED = {"shapes": "make demo", "bccd": "recipes/bccd.sh"}  # its command in 
 
 
 @pytest.mark.parametrize("name", [path.stem for path in SCRIPTS if path.stem != "two_nodes"])
-def test_a_recipe_says_what_it_should_reach_and_who_measured_that(name: str) -> None:
+def test_a_recipe_states_its_ap_and_who_measured_it(name: str) -> None:
     comment = (ROOT / "recipes" / f"{name}.sh").read_text().split("set -euo")[0]
     results = (ROOT / "docs" / "results.md").read_text()
     if name in MEASURED:
@@ -182,8 +211,8 @@ def test_a_recipe_says_what_it_should_reach_and_who_measured_that(name: str) -> 
 @pytest.fixture(scope="session")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files of random values in the place of ImageNet's weights."""
-    place = tmp_path_factory.mktemp("backbones")
-    paths = {name: place / f"{name}.pth" for name in ("resnet18", "resnet50")}
+    folder = tmp_path_factory.mktemp("backbones")
+    paths = {name: folder / f"{name}.pth" for name in ("resnet18", "resnet50")}
     for name, path in paths.items():
         torch.save(models.get_model(name).state_dict(), path)
     return paths
@@ -205,10 +234,10 @@ def test_the_published_recipe_trains(
 ) -> None:
     script = ROOT / "recipes" / "retinanet_r50_fpn_26e.sh"
     backbone = ("--weights-backbone", backbones["resnet18"])
-    about = train_two_steps(script, tmp_path, *TINY, *backbone, DATA=tiny_shapes)
+    record = train_two_steps(script, tmp_path, *SMALL_MODEL, *backbone, DATA=tiny_shapes)
     # One process of one image: a sixteenth of the recipe's batch, and of its rate.
-    assert about["effective_lr"] == pytest.approx(0.01 / 16) and about["global_batch"] == 1
-    assert about["args"]["epochs"] == 26 and about["args"]["opt"] == "sgd"
+    assert record["effective_lr"] == pytest.approx(0.01 / 16) and record["global_batch"] == 1
+    assert record["args"]["epochs"] == 26 and record["args"]["opt"] == "sgd"
 
 
 @pytest.mark.slow
@@ -222,12 +251,12 @@ def test_the_other_coco_recipes_train(
     if "v2" in script.stem:
         small = ("--no-sync-bn",)  # this is a CPU
     else:
-        small, resnet = TINY[:2], "resnet18"
+        small, resnet = SMALL_MODEL[:2], "resnet18"
     flags = (*small, "--weights-backbone", str(backbones[resnet]))
-    about = train_two_steps(script, tmp_path, *flags, DATA=tiny_shapes)
+    record = train_two_steps(script, tmp_path, *flags, DATA=tiny_shapes)
     expected = PUBLISHED[script.stem]
     for name in ("opt", "epochs", "data_augmentation"):
-        assert about["args"][name] == expected[name]
+        assert record["args"][name] == expected[name]
     saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     assert (saved["ema"] is not None) == ("ema" in script.stem)
     if "v2" in script.stem:  # two groups: all that is no norm, and the norms, without decay
@@ -242,7 +271,7 @@ def test_the_recipes_for_two_cores_train_and_report(
     script = ROOT / "recipes" / f"{name}.sh"
     # Two steps are an epoch of batches of 8, after which there is something to report.
     epoch = ("--epochs", "1", "--batch-size", "8", "--eval-every", "1", "--max-steps", "3")
-    flags = (*TINY, *epoch, "--dataset", "coco", "--data-path", tiny_shapes)
-    about = train_two_steps(script, tmp_path, *flags, DATA=tiny_shapes)
-    assert about["args"]["amp"] == "bf16"
+    flags = (*SMALL_MODEL, *epoch, "--dataset", "coco", "--data-path", tiny_shapes)
+    record = train_two_steps(script, tmp_path, *flags, DATA=tiny_shapes)
+    assert record["args"]["amp"] == "bf16"
     assert list((tmp_path / "out").rglob("errors.png"))

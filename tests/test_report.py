@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from helpers import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import font_manager
@@ -29,8 +29,12 @@ from utils import UserError, run_command
 
 NAMES = ["cell", "a class with a name that is far too long to be shown", "Blutplättchen"]
 PICTURES = {
-    *("pr_curves.png", "per_class_ap.png", "confusion_matrix.png", "errors.png"),
-    *("predictions.jpg", "worst_images.jpg"),
+    "pr_curves.png",
+    "per_class_ap.png",
+    "confusion_matrix.png",
+    "errors.png",
+    "predictions.jpg",
+    "worst_images.jpg",
 }
 
 
@@ -91,18 +95,18 @@ def generated(tmp_path: Path, num_classes: int) -> Annotations:
 
 
 def write(
-    place: Path,
+    folder: Path,
     annotations: Annotations,
     images: Path | None,
     rows: np.ndarray,
     tested: dict[str, Any] | None = None,
 ) -> tuple[Analysis, CocoEvaluator]:
     analysis, label_map, evaluator = analyze(annotations, rows)
-    about: dict[str, Any] = {"annotations": str(annotations.path), "categories": label_map}
+    data: dict[str, Any] = {"annotations": str(annotations.path), "categories": label_map}
     if images is not None:
-        about["images"] = str(images)
+        data["images"] = str(images)
     results = Results(*evaluator.score(rows), rows, analysis, {})
-    write_results(results, evaluator, place, False, {"data": about, "tested": tested})
+    write_results(results, evaluator, folder, False, {"data": data, "tested": tested})
     return analysis, evaluator
 
 
@@ -171,7 +175,9 @@ def test_pictures_are_of_the_data_that_was_evaluated(
         report.draw(tmp_path / "one")
 
 
-def test_what_tools_score_wrote_is_drawn_without_images(truth: Annotations, tmp_path: Path) -> None:
+def test_the_output_of_tools_score_is_drawn_without_images(
+    truth: Annotations, tmp_path: Path
+) -> None:
     write(tmp_path / "scored", truth, None, detect(truth, 4))
     lines = report.draw(tmp_path / "scored")
     assert lines[-1].strip().startswith("no images")
@@ -201,38 +207,40 @@ def test_a_test_evaluation_stands_beside_the_runs_own(
     truth: Annotations, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     folder, images = tmp_path / "run", tiny_shapes / "train2017"
-    own = write_run(folder, truth, images)
+    of_run = write_run(folder, truth, images)
     report.draw(folder)
-    place, page = folder / "eval" / "test", folder / "report.html"
+    test_folder, page = folder / "eval" / "test", folder / "report.html"
     assert "test evaluation" not in page.read_text()
     pictures = {name: (folder / name).read_bytes() for name in PICTURES}
-    write(place, truth, images, detect(truth, 1), TESTED)
-    tested = json.loads((place / "results.json").read_text())
-    assert f"{tested['AP']:.3f}" != f"{own['AP']:.3f}"
+    write(test_folder, truth, images, detect(truth, 1), TESTED)
+    tested = json.loads((test_folder / "results.json").read_text())
+    assert f"{tested['AP']:.3f}" != f"{of_run['AP']:.3f}"
     lines = report.draw(folder)
     assert f"{folder / 'eval' / 'epoch_0'}, drawn into {folder}:" in lines
-    assert f"{TITLE}, drawn into {place}:" in lines
+    assert f"{TITLE}, drawn into {test_folder}:" in lines
     before, after = page.read_text().split(f"<h2>{TITLE}</h2>")
-    assert f"<td>{own['AP']:.3f}</td>" in before and f"<td>{tested['AP']:.3f}</td>" in after
+    assert f"<td>{of_run['AP']:.3f}</td>" in before and f"<td>{tested['AP']:.3f}</td>" in after
     assert f"<td>{tested['AP']:.3f}</td>" not in before
     for name, content in pictures.items():
-        assert (folder / name).read_bytes() == content and (place / name).is_file()
+        assert (folder / name).read_bytes() == content and (test_folder / name).is_file()
         assert name in before and name in after
 
 
 def test_a_folder_with_only_a_test_evaluation_is_drawn_as_one(
     truth: Annotations, tiny_shapes: Path, tmp_path: Path
 ) -> None:
-    folder, place = tmp_path / "tested", tmp_path / "tested" / "eval" / "test"
-    write(place, truth, tiny_shapes / "train2017", detect(truth, 4), TESTED)
-    assert f"{TITLE}, drawn into {place}:" in report.draw(folder)
+    folder, test_folder = tmp_path / "tested", tmp_path / "tested" / "eval" / "test"
+    write(test_folder, truth, tiny_shapes / "train2017", detect(truth, 4), TESTED)
+    assert f"{TITLE}, drawn into {test_folder}:" in report.draw(folder)
     page = (folder / "report.html").read_text()
     assert "<h1>tested</h1>" in page and f"<h2>{TITLE}</h2>" in page and "Evaluations" not in page
     assert {path.name for path in folder.iterdir()} == {"eval", "report.html"}
-    assert f"{TITLE}, drawn into {place}:" in report.draw(place)  # it may also be named itself
+    assert f"{TITLE}, drawn into {test_folder}:" in report.draw(
+        test_folder
+    )  # it may also be named itself
 
 
-def test_what_lies_in_the_root_of_a_run_is_not_taken_for_its_evaluation(
+def test_files_in_the_root_of_a_run_are_not_its_evaluation(
     truth: Annotations, tiny_shapes: Path, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "run", truth, tiny_shapes / "train2017")
@@ -247,14 +255,14 @@ def test_a_test_whose_data_is_gone_keeps_its_numbers_in_the_report(
 ) -> None:
     folder = tmp_path / "run"
     write_run(folder, truth, tiny_shapes / "train2017")
-    place = folder / "eval" / "test"
-    write(place, truth, tiny_shapes / "train2017", detect(truth, 1), TESTED)
-    content = json.loads((place / "analysis.json").read_text())
+    test_folder = folder / "eval" / "test"
+    write(test_folder, truth, tiny_shapes / "train2017", detect(truth, 1), TESTED)
+    content = json.loads((test_folder / "analysis.json").read_text())
     content["data"]["annotations"] = str(tmp_path / "gone.json")
-    (place / "analysis.json").write_text(json.dumps(content))
-    said = [line for line in report.draw(folder) if line.startswith(f"{TITLE}, not drawn: ")]
-    assert len(said) == 1 and "gone.json does not exist" in said[0]
-    ap = json.loads((place / "results.json").read_text())["AP"]
+    (test_folder / "analysis.json").write_text(json.dumps(content))
+    lines = [line for line in report.draw(folder) if line.startswith(f"{TITLE}, not drawn: ")]
+    assert len(lines) == 1 and "gone.json does not exist" in lines[0]
+    ap = json.loads((test_folder / "results.json").read_text())["AP"]
     assert f"<td>{ap:.3f}</td>" in (folder / "report.html").read_text().split(TITLE)[1]
 
 
@@ -326,7 +334,7 @@ def texts_of(figure: Figure) -> list[tuple[str, Any]]:
     """Return every text in the figure with its place, pixels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    found = []
+    visible = []
     for axes in figure.axes:
         legend = axes.get_legend()
         texts = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]  # type: ignore[attr-defined]
@@ -335,12 +343,12 @@ def texts_of(figure: Figure) -> list[tuple[str, Any]]:
             texts += [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
             texts += [t.label2 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
         texts += legend.get_texts() if legend else []
-        found += [text for text in texts if text.get_visible() and text.get_text()]
-    return [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in found]
+        visible += [text for text in texts if text.get_visible() and text.get_text()]
+    return [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in visible]
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 8, 30, 91])
-def test_no_text_of_a_figure_lies_on_another_or_off_the_page(
+def test_no_text_of_a_figure_overlaps_another_or_leaves_the_page(
     num_classes: int, tmp_path: Path
 ) -> None:
     for name, figure in figures(generated(tmp_path, num_classes)).items():
@@ -351,7 +359,7 @@ def test_no_text_of_a_figure_lies_on_another_or_off_the_page(
             inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1
             assert inside and box.y1 <= page.y1 + 1, f"{name}: {text}"
         for (one, a), (two, b) in itertools.combinations(texts, 2):
-            # Turned labels have the box of their diagonal, which says nothing.
+            # Rotated labels have the box of their diagonal, so they are skipped.
             if "confusion" in name and (a.height > 20 or b.height > 20):
                 continue
             lies = min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
@@ -359,13 +367,13 @@ def test_no_text_of_a_figure_lies_on_another_or_off_the_page(
 
 
 @pytest.mark.parametrize("num_classes", [1, 3, 91])
-def test_many_classes_are_cut_down_and_that_is_said(num_classes: int, tmp_path: Path) -> None:
+def test_many_classes_are_cut_and_the_title_states_it(num_classes: int, tmp_path: Path) -> None:
     drawn = figures(generated(tmp_path, num_classes))
     overall, of_class, f1_axes = drawn["curves"].axes
     assert len(overall.lines) == 3
     assert len(of_class.lines) == min(num_classes, 8)
     colours = [line.get_color() for line in of_class.lines]
-    assert len(set(colours)) == len(colours)  # or two classes could not be told apart
+    assert len(set(colours)) == len(colours)  # or two classes would look the same
     assert len(drawn["classes"].axes[0].patches) == min(num_classes, 40)
     cells = drawn["confusion"].axes[0].images[0].get_array()
     assert cells is not None and cells.shape == (min(num_classes, 20) + 1,) * 2
@@ -397,16 +405,16 @@ BOXES = st.lists(st.tuples(*[st.floats(-20, 340)] * 4), max_size=30)
 def test_texts_on_a_picture_never_overlap_or_leave_it(boxes: Sequence[Box], width: float) -> None:
     taken: list[Box] = []
     for box in boxes:
-        place = drawing._free_room(box, width, 14, (320, 240), taken)
-        if place is None:
+        room = drawing._free_room(box, width, 14, (320, 240), taken)
+        if room is None:
             assert taken  # the first finds room
             continue
-        x1, y1, x2, y2 = place
+        x1, y1, x2, y2 = room
         assert 0 <= x1 and x2 < 320 and 0 <= y1 and y2 < 240
         assert (x2 - x1, y2 - y1) == pytest.approx((width, 14))
         for a, b, c, d in taken:
             assert x2 < a or c < x1 or y2 < b or d < y1
-        taken.append(place)
+        taken.append(room)
 
 
 def plain_tile(height: int, width: int, *caption: str) -> drawing.Tile:

@@ -346,7 +346,7 @@ def test_training_under_autocast_keeps_anchors_in_fp32() -> None:
 def slow_assign(
     anchors: Tensor, boxes: Tensor, assigner: str, high: float = 0.5, low: float = 0.4
 ) -> list[int]:
-    """Both rules as one would say them, one anchor and one box at a time."""
+    """Both rules in plain loops, one anchor and one box at a time."""
     if len(boxes) == 0:
         return [-1] * len(anchors)
     iou = box_iou(boxes, anchors).tolist()
@@ -607,7 +607,7 @@ def test_the_box_loss_is_torchvisions_unless_an_option_says_otherwise() -> None:
 
 
 def _l1_everywhere(codes: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
-    """A loss of one's own, which also pulls the codes of the background towards 0."""
+    """A user's loss, which also pulls the codes of the background towards 0."""
     return (codes - retinanet.encode_boxes(boxes, anchors)).abs().sum(dim=2) + codes.abs().mean()
 
 

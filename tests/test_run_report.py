@@ -1,4 +1,4 @@
-"""What a run left is drawn as it was: pytest tests/test_run_report.py.
+"""Reports show the records of a run: pytest tests/test_run_report.py.
 
 The page is opened in a real browser where there is one: Debian's `chromium`.
 """
@@ -161,12 +161,22 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             f'<!doctype html><meta charset="utf-8">{scheme}<script>{MEASURE}</script>{frames}'
         )
         command = [
-            *(BROWSER or "", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-            *("--disable-sync", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"),
-            *("--window-size=1500,2000", "--enable-logging=stderr", "--virtual-time-budget=10000"),
+            BROWSER or "",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+            "--window-size=1500,2000",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=10000",
             f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            *("--dump-dom", wrapper.as_uri()),
+            "--dump-dom",
+            wrapper.as_uri(),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         (measured,) = re.findall(r"<pre>measured (\[.*\])</pre>", done.stdout)
@@ -209,7 +219,7 @@ def test_a_browser_shows_all_of_it_at_any_width(
         assert abs(brightness(found["ink"]) - brightness(found["background"])) > 150
 
 
-def test_the_browser_would_see_what_is_wrong(
+def test_the_browser_check_detects_a_broken_page(
     page: Path, tmp_path: Path, browse: Callable[..., Any]
 ) -> None:
     wrong = tmp_path / "wrong.html"

@@ -1,7 +1,6 @@
 """A results file is scored by itself, or refused in one message: pytest tests/test_score.py.
 
-pycocotools says what the numbers must be, and a bootstrap with it, image by image, what their
-interval must be.
+pycocotools gives the expected numbers; a bootstrap with it, image by image, the interval.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ from typing import Any
 import hotcoco
 import numpy as np
 import pytest
-from conftest import run_script
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -56,11 +54,11 @@ def make_truth(num_images: int = 12) -> dict[str, Any]:
 
 def make_detections(truth: dict[str, Any], seed: int, noise: float) -> list[dict[str, Any]]:
     draw = np.random.default_rng(seed)
-    found: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     for box in truth["annotations"] * 2:
         is_right = draw.random() < 0.7
         moved = np.array(box["bbox"]) + draw.normal(0, noise, 4)
-        found.append(
+        detections.append(
             {
                 "image_id": box["image_id"],
                 "category_id": box["category_id"] if is_right else int(draw.choice([3, 7, 90])),
@@ -68,7 +66,7 @@ def make_detections(truth: dict[str, Any], seed: int, noise: float) -> list[dict
                 "score": float(draw.beta(4, 2) if is_right else draw.beta(2, 4)),
             }
         )
-    return found
+    return detections
 
 
 @pytest.fixture
@@ -87,13 +85,15 @@ def read(path: Path) -> tuple[Annotations, list[dict[str, Any]]]:
     return annotations, label_categories(annotations.categories)
 
 
-def pycocotools_metrics(truth: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, float]:
+def pycocotools_metrics(
+    truth: dict[str, Any], detections: list[dict[str, Any]]
+) -> dict[str, float]:
     annotations = [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {**truth, "annotations": annotations, "info": {}}
         coco.createIndex()
-        evaluation = COCOeval(coco, coco.loadRes([dict(entry) for entry in found]), "bbox")
+        evaluation = COCOeval(coco, coco.loadRes([dict(entry) for entry in detections]), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -114,12 +114,12 @@ def test_a_file_scores_as_pycocotools_scores_it(
     out = tmp_path / "out"
     run_main(*files[:2], "--backend", backend, "--output", out)
     done = capsys.readouterr()
-    truth, found = (json.loads(path.read_text()) for path in files[:2])
-    expected = pycocotools_metrics(truth, found)
+    truth, detections = (json.loads(path.read_text()) for path in files[:2])
+    expected = pycocotools_metrics(truth, detections)
     assert 0.1 < expected["AP"] < 0.9
     assert json.loads((out / "results.json").read_text()) == expected
     lines = done.out.splitlines()
-    assert lines[0] == f"{len(found)} detections on 11 of 12 images, scored by {backend}"
+    assert lines[0] == f"{len(detections)} detections on 11 of 12 images, scored by {backend}"
     assert [float(line.rsplit("=", 1)[1]) for line in lines[1:13]] == [
         pytest.approx(value, abs=6e-4) for value in expected.values()
     ]
@@ -128,7 +128,7 @@ def test_a_file_scores_as_pycocotools_scores_it(
     assert table[3][1:6] == [*"----", "0"]
     analysis = json.loads((out / "analysis.json").read_text())
     assert {row["name"]: row["detections"] for row in analysis["per_class"]} == {
-        name: sum(entry["category_id"] == number for entry in found)
+        name: sum(entry["category_id"] == number for entry in detections)
         for number, name in NAMES.items()
     }
     assert "annotations with the id 0" in done.err
@@ -153,14 +153,14 @@ def test_no_detections_score_nothing(
 # --- refused --------------------------------------------------------------------------------------
 
 
-def _set(place: int, **values: Any) -> Change:
-    return lambda found: [*found[:place], {**found[place], **values}, *found[place + 1 :]]
+def _set(index: int, **values: Any) -> Change:
+    return lambda entries: [*entries[:index], {**entries[index], **values}, *entries[index + 1 :]]
 
 
 def _without(key: str, *places: int) -> Change:
-    return lambda found: [
+    return lambda entries: [
         {k: v for k, v in entry.items() if k != key or i not in places}
-        for i, entry in enumerate(found)
+        for i, entry in enumerate(entries)
     ]
 
 
@@ -194,7 +194,7 @@ def test_a_wrong_file_is_refused_with_what_is_wrong(
 
 
 @pytest.mark.parametrize("content", [b"", b"[{", b"\xff\xfe", b"[" * 100_000], ids=repr)
-def test_a_broken_file_is_said_to_be_no_json(
+def test_a_broken_file_is_refused_as_no_json(
     content: bytes, files: tuple[Path, Path, Path]
 ) -> None:
     files[1].write_bytes(content)
@@ -225,17 +225,17 @@ def test_a_number_out_of_its_range_is_refused(
 # --- compared -------------------------------------------------------------------------------------
 
 
-def hotcoco_ap(truth: dict[str, Any], found: list[dict[str, Any]]) -> float:
+def hotcoco_ap(truth: dict[str, Any], detections: list[dict[str, Any]]) -> float:
     """AP of a data set of its own, faster than `pycocotools_metrics`."""
     annotations = [{**a, "id": i} for i, a in enumerate(truth["annotations"], start=1)]
     coco = hotcoco.COCO({**truth, "annotations": annotations})
-    evaluation = hotcoco.COCOeval(coco, coco.load_res(found), "bbox")
+    evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.run()
     return float(evaluation.stats[0])
 
 
-def test_the_difference_stands_in_its_paired_bootstrap_interval(
+def test_the_difference_is_in_its_paired_bootstrap_interval(
     files: tuple[Path, Path, Path],
 ) -> None:
     truth, first, other = (json.loads(path.read_text()) for path in files)
@@ -249,7 +249,7 @@ def test_the_difference_stands_in_its_paired_bootstrap_interval(
     match = re.search(rf"^AP +{number} +{number} +{number} +{number} to {number}$", text, re.M)
     assert match is not None, text
     values = [float(group) for group in match.groups()]
-    metrics = [pycocotools_metrics(truth, found)["AP"] for found in (first, other)]
+    metrics = [pycocotools_metrics(truth, detections)["AP"] for detections in (first, other)]
     assert values[0] == pytest.approx(metrics[0], abs=6e-4)
     assert values[2] == pytest.approx(metrics[1] - metrics[0], abs=6e-5)
 
@@ -265,7 +265,7 @@ def test_the_difference_stands_in_its_paired_bootstrap_interval(
 
 
 def _resampled(
-    truth: dict[str, Any], found: tuple[list[dict[str, Any]], ...], chosen: list[int]
+    truth: dict[str, Any], results: tuple[list[dict[str, Any]], ...], chosen: list[int]
 ) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Make a data set of the images drawn, each under an id of its own."""
     ids = {new: truth["images"][old]["id"] for new, old in enumerate(chosen, start=1)}
@@ -280,12 +280,15 @@ def _resampled(
 
     images = [{**truth["images"][0], "id": new} for new in ids]
     drawn = {**truth, "images": images, "annotations": renamed(truth["annotations"])}
-    return [(drawn, renamed(entries)) for entries in found]
+    return [(drawn, renamed(entries)) for entries in results]
 
 
-def test_a_file_compared_with_itself_differs_by_nothing(files: tuple[Path, Path, Path]) -> None:
+def test_a_file_compared_with_itself_differs_by_nothing(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--compare", files[1], "--resamples", "50", "--seed", "7")
-    done = run_script("-m", "tools.score", *files[:2], *flags)
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("AP ")]
+    main([*map(str, (*files[:2], *flags))])
+    printed = capsys.readouterr().out
+    lines = [line.split() for line in printed.splitlines() if line.startswith("AP ")]
     assert lines[0][3:] == ["+0.0000", "+0.0000", "to", "+0.0000"]
-    assert "50 resamples, seed 7" in done.stdout
+    assert "50 resamples, seed 7" in printed

@@ -1,6 +1,6 @@
 """Proves that the embedded data set is valid COCO with exact boxes: pytest tests/test_shapes.py.
 
-Pixels are judged from the JPEG files alone: objects are saturated, backgrounds are not, and the
+Pixels are judged only from the JPEG files: objects are saturated, backgrounds are not, and the
 objects of one image differ in hue.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image, ImageFilter
 from pycocotools.coco import COCO
 

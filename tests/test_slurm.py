@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
 import train as train_script
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "recipes" / "slurm.sbatch"
 # It drops its own options, as srun does, and is the process that a signal to srun reaches.
 SRUN = """#!/usr/bin/env bash
@@ -145,7 +145,7 @@ def test_the_command_is_one_that_torchrun_and_train_accept(start: MakeJob) -> No
     assert flags.resume == "auto" and flags.lr == 0.02 and flags.output_dir == job.output
 
 
-def test_slurm_is_asked_to_signal_the_script_alone_and_to_let_it_requeue() -> None:
+def test_slurm_signals_only_the_script_and_lets_it_requeue() -> None:
     options = re.findall(r"^#SBATCH (\S+)", SCRIPT.read_text(), flags=re.MULTILINE)
     assert {"--signal=B:USR1@120", "--requeue", "--ntasks-per-node=1"} <= set(options)
     text = SCRIPT.read_text()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 from tools import check_data, export, predict, visualize
 from tools.plots import drawing, eval_plots, run_plots
@@ -28,7 +28,7 @@ TOOLS = sorted(
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_a_tool_that_is_run_as_a_file_says_how_to_run_it(name: str) -> None:
+def test_a_tool_that_is_run_as_a_file_prints_how_to_run_it(name: str) -> None:
     command = [sys.executable, ROOT / "tools" / f"{name}.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
@@ -67,7 +67,9 @@ def test_git_ignores_what_tools_write_by_default() -> None:
         visualize.build_parser().get_default("picture"),
         *(f"{step}.png" for step in visualize.STEPS),
         "pipeline_detections.png",
-        *("report/report.html", "comparison/report.html", "mydata.png"),
+        "report/report.html",
+        "comparison/report.html",
+        "mydata.png",
     ]
     command = ["git", "check-ignore", "--no-index", *map(str, written)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,8 +1,8 @@
-"""Two machines train as one does, also after losing a process: pytest tests/test_two_nodes.py.
+"""Two machines train like one, also after losing a process: pytest tests/test_two_nodes.py.
 
 The machines are network namespaces of this one, each with an address and a name of its own, joined
 by a virtual cable. What runs on each is recipes/two_nodes.sh, with a torchrun that starts the
-recorder of faults.py in the place of train.py.
+recorder of faults.py instead of train.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import ROOT, Runs, assert_same, clean_up, seconds_until_gone
+from faults import Runs, assert_same, clean_up, seconds_until_gone
+from helpers import ROOT
 
 pytestmark = pytest.mark.faults
 ADDRESSES = ("10.213.87.1", "10.213.87.2")
@@ -60,7 +61,7 @@ def hosts() -> Iterator[list[str]]:
 
 def start_on(host: str, name: str, runs: Runs, names: Path, faults: str) -> subprocess.Popen[str]:
     """Run the recipe in a namespace, as one of two machines with one process each."""
-    tools = runs.place / "bin"
+    tools = runs.work_dir / "bin"
     environment = {
         **os.environ,
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
@@ -76,7 +77,7 @@ def start_on(host: str, name: str, runs: Runs, names: Path, faults: str) -> subp
     }
     recipe = ("bash", str(ROOT / "recipes" / "two_nodes.sh"), ADDRESSES[0], *runs.flags)
     enter = ("ip", "netns", "exec", host, "unshare", "--mount", "--uts", "bash", "-c", ON_HOST)
-    with (runs.place / f"console-{name}.txt").open("w") as console:
+    with (runs.work_dir / f"console-{name}.txt").open("w") as console:
         return subprocess.Popen(
             [*enter, "bash", name, str(names), *recipe],
             env=environment,
@@ -91,28 +92,28 @@ def test_two_machines_equal_one_also_after_losing_a_process(
 ) -> None:
     # --scale-lr is part of the recipe: the global batch is 4 images here.
     flags = ("--scale-lr", "--checkpoint-every", "1")
-    alone = Runs(tmp_path / "alone", tiny_shapes, *flags)
+    single = Runs(tmp_path / "alone", tiny_shapes, *flags)
     together = Runs(tmp_path / "together", tiny_shapes, *flags)
-    names = together.place / "hosts"
+    names = together.work_dir / "hosts"
     text = [f"{address} {name}" for address, name in zip(ADDRESSES, ("one", "two"), strict=True)]
     names.write_text("\n".join(["127.0.0.1 localhost", *text]) + "\n")
-    (together.place / "bin").mkdir()
-    (together.place / "bin" / "torchrun").write_text(TORCHRUN)
-    (together.place / "bin" / "torchrun").chmod(0o755)
+    (together.work_dir / "bin").mkdir()
+    (together.work_dir / "bin" / "torchrun").write_text(TORCHRUN)
+    (together.work_dir / "bin" / "torchrun").chmod(0o755)
     try:
-        alone.run(ranks=2)
+        single.run(ranks=2)
         faults = json.dumps([{"at": "step:3", "rank": 1, "do": "SIGKILL", "attempt": 0}])
         launched = [
             start_on(host, name, together, names, faults)
             for host, name in zip(hosts, ("one", "two"), strict=True)
         ]
         statuses = [process.wait(400) for process in launched]
-        said = "".join(path.read_text() for path in together.place.glob("console-*.txt"))
-        assert statuses == [0, 0], said
+        printed = "".join(path.read_text() for path in together.work_dir.glob("console-*.txt"))
+        assert statuses == [0, 0], printed
         assert "step:3 on rank 1" in (together.record / "faults.txt").read_text()
-        assert said.count(" from step ") == 2
-        assert_same(together.gate(), alone.gate())
+        assert printed.count(" from step ") == 2
+        assert_same(together.gate(), single.gate())
         seconds_until_gone(together.folder)
     finally:
-        for runs in (alone, together):
-            clean_up(runs.place)
+        for runs in (single, together):
+            clean_up(runs.work_dir)

@@ -7,12 +7,11 @@ import os
 import pwd
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
 
 import engine
 import presets
@@ -25,25 +24,6 @@ from runtime.distributed import join_process_group
 from utils import LocalError, UserError
 
 Start = Callable[..., int]
-
-
-@pytest.fixture
-def start(
-    tiny_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Any]]:
-    """Start train.py as its command line does, in this process."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGCHLD)
-    handlers = {number: signal.getsignal(number) for number in numbers}
-
-    def run(*flags: str) -> None:
-        command = ["train.py", "--data-path", str(tiny_shapes), *TINY, "--epochs", "1"]
-        folder = ("--output-dir", str(tmp_path / "run"))
-        monkeypatch.setattr(sys, "argv", [*command, *folder, *flags])
-        train_script.run_from_command_line()
-
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def _unpack(samples: Any) -> Any:
@@ -72,7 +52,7 @@ def test_a_mistake_in_the_code_keeps_its_traceback(
     assert ("Original Traceback" in printed) == (workers == "1")
 
 
-def test_what_a_user_can_mend_is_one_line_and_status_1(
+def test_a_user_error_is_one_line_and_status_1(
     start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -163,14 +143,14 @@ def test_a_wrong_launch_is_refused_with_the_variable(
         (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
     ],
 )
-def test_what_workers_lack_is_said(error: Exception, advice: str) -> None:
+def test_a_missing_resource_of_workers_is_named(error: Exception, advice: str) -> None:
     with pytest.raises(LocalError) as raised, worker_errors():
         raise error
     assert advice in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of shared memory"), OSError(5, "I/O")])
-def test_other_errors_pass_as_they_are(error: Exception) -> None:
+def test_other_errors_of_workers_are_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, worker_errors():
         raise error
     assert raised.value is error

@@ -21,6 +21,7 @@ from typing import IO, Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,6 @@ from runtime.records import append_json_line, read_json_lines, rewind_json_lines
 from runtime.signals import StopSignal, follow_launcher
 from utils import UserError, derive_seed, lock_folder, replace_file
 
-ROOT = Path(__file__).parents[1]
 HOUSE = {path.stem: path for path in ROOT.glob("*.py")}
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py")])
 SCRIPTS = sorted([*ROOT.glob("recipes/*.sh"), ROOT / ".ci" / "run", ROOT / "Makefile"])
@@ -142,7 +142,7 @@ NO_RECORDS = [
 
 
 @pytest.mark.parametrize("line", NO_RECORDS)
-def test_a_line_that_is_no_record_is_set_aside_and_nothing_else_lost(
+def test_a_line_that_is_no_record_is_moved_and_no_other_is_lost(
     tmp_path: Path,
     line: bytes,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,7 +166,7 @@ def test_a_line_that_is_no_record_is_set_aside_and_nothing_else_lost(
     assert caplog.text == ""
 
 
-def test_a_record_for_which_there_is_no_room_leaves_no_part(tmp_path: Path) -> None:
+def test_a_record_that_does_not_fit_on_the_disk_leaves_no_part(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     append_json_line(path, {"step": 1})
     before = path.read_bytes()
@@ -210,10 +210,10 @@ class Holder:
             self._hold(folder, with_worker, writer)
         os.close(writer)
         with os.fdopen(reader) as file:
-            said = file.readline().strip()
-        assert said.isdigit(), said
+            line = file.readline().strip()
+        assert line.isdigit(), line
         if with_worker:
-            self.worker = int(said)
+            self.worker = int(line)
 
     @staticmethod
     def _hold(folder: Path, with_worker: bool, writer: int) -> None:
@@ -257,7 +257,7 @@ def holder() -> Iterator[Callable[..., Holder]]:
             pass
 
 
-def test_a_second_process_is_refused_and_a_killed_one_forgotten(
+def test_a_second_process_is_refused_until_the_first_is_killed(
     tmp_path: Path, holder: Callable[..., Holder]
 ) -> None:
     first = holder(tmp_path)
@@ -274,7 +274,9 @@ def test_a_closed_lock_is_free(tmp_path: Path, holder: Callable[..., Holder]) ->
     assert holder(tmp_path)
 
 
-def test_locks_of_two_folders_do_not_meet(tmp_path: Path, holder: Callable[..., Holder]) -> None:
+def test_locks_of_two_folders_are_independent(
+    tmp_path: Path, holder: Callable[..., Holder]
+) -> None:
     holder(tmp_path)
     (tmp_path / "other").mkdir()
     assert not lock_folder(tmp_path / "other").closed
@@ -301,7 +303,7 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path) -> No
     assert victim.read_text() == "precious"
 
 
-def test_a_file_system_without_locks_is_used_and_that_said(
+def test_a_file_system_without_locks_is_used_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(file: Any, operation: int) -> None:
@@ -317,11 +319,13 @@ def test_a_file_system_without_locks_is_used_and_that_said(
 
 
 def test_a_single_process_needs_no_group() -> None:
-    alone = Processes(torch.device("cpu"))
+    single = Processes(torch.device("cpu"))
     assert (
-        alone.is_main and alone.broadcast({"a": 1}) == {"a": 1} and alone.sum([1, 2.5]) == [1, 2.5]
+        single.is_main
+        and single.broadcast({"a": 1}) == {"a": 1}
+        and single.sum([1, 2.5]) == [1, 2.5]
     )
-    alone.barrier()
+    single.barrier()
 
 
 def _take_part(rank: int, world_size: int, port: int, folder: Path) -> None:
@@ -353,8 +357,12 @@ def test_an_exception_leaves_the_group_and_its_process_ends_all_the_same(tmp_pat
             [sys.executable, script],
             env={
                 **os.environ,
-                **{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)},
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "PYTHONPATH": str(ROOT),
             },
             stderr=subprocess.PIPE,
             text=True,
@@ -374,7 +382,8 @@ def test_an_exception_leaves_the_group_and_its_process_ends_all_the_same(tmp_pat
 FAIL = """
 import atexit, os, sys, time
 import torch.distributed as dist
-import train, utils
+import train
+from runtime.distributed import join_process_group
 
 rank = os.environ["RANK"]
 destroy = dist.destroy_process_group
@@ -388,7 +397,7 @@ def main(args):
             raise ValueError("on rank 0")
 
 train.main = main
-parse_args = lambda: None
+train.parse_args = lambda: None
 train.run_from_command_line()
 """
 
@@ -557,7 +566,7 @@ def test_a_loader_worker_dies_with_its_process() -> None:
     assert _after_the_parent_died(worker) == ""
 
 
-def test_a_process_without_torchrun_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_torchrun_keeps_running(monkeypatch: pytest.MonkeyPatch) -> None:
     # As after `nohup python train.py &` and a logout.
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
@@ -590,7 +599,7 @@ def test_a_process_may_save_when_its_torchrun_dies_but_not_linger(
     assert _after_the_parent_died(trainer) == "saved at SIGUSR1"
 
 
-def test_a_process_whose_shell_only_handed_on_the_launcher_is_left_alone(
+def test_a_process_of_a_shell_with_torchruns_variables_keeps_running(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
@@ -607,18 +616,22 @@ def test_a_process_whose_shell_only_handed_on_the_launcher_is_left_alone(
 HAND_ON = """
 import os, subprocess, sys
 environment = {**os.environ, **({"TORCHELASTIC_ERROR_FILE": "2"} if sys.argv[1] == "new" else {})}
-child = "import utils; print(_is_launched())"
+child = "from runtime.signals import _is_launched; print(_is_launched())"
 subprocess.run([sys.executable, "-c", child], env=environment, start_new_session=True, check=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("variables, is_launched", [("new", True), ("handed on", False)])
-def test_a_launcher_is_who_set_the_variables(variables: str, is_launched: bool) -> None:
+def test_the_launcher_is_the_parent_that_set_the_variables(
+    variables: str, is_launched: bool
+) -> None:
     # Also in a session of its own, as after `setsid`; and torchrun may run below another torchrun.
     environment = {
         **os.environ,
-        **{"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_ERROR_FILE": "1", "PYTHONPATH": str(ROOT)},
+        "TORCHELASTIC_RUN_ID": "1",
+        "TORCHELASTIC_ERROR_FILE": "1",
+        "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", HAND_ON, variables]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -631,7 +644,7 @@ from pathlib import Path
 import utils
 
 def main():
-    utils.set_up_logging(True, Path(sys.argv[1]))
+    utils.set_up_logging(0, Path(sys.argv[1]))
     for number in range(200):
         utils.logger.info("line %d é → 猫", number)
         print("printed é → 猫", flush=True)
@@ -656,7 +669,7 @@ utils.run_command(main)
         'LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 "$@"',
     ],
 )
-def test_a_run_that_cannot_print_goes_on_and_keeps_its_log(shell: str, tmp_path: Path) -> None:
+def test_a_run_that_cannot_print_continues_and_keeps_its_log(shell: str, tmp_path: Path) -> None:
     log, script = tmp_path / "log.txt", tmp_path / "script.py"
     script.write_text(PRINT, encoding="utf-8")
     command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, script, log]
@@ -677,23 +690,21 @@ def test_a_run_that_cannot_print_goes_on_and_keeps_its_log(shell: str, tmp_path:
         assert done.stderr.count(r"complained \xe9 \u2192 \u732b") == 200
 
 
-@pytest.mark.parametrize("is_main", [True, False])
-def test_only_the_main_process_logs_what_is_not_a_warning(
-    tmp_path: Path, is_main: bool, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_processes_log_only_warnings(
+    tmp_path: Path, rank: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = utils.logger.handlers, utils.logger.propagate, utils.logger.level
     try:
-        utils.set_up_logging(is_main, tmp_path / "log.txt")
+        utils.set_up_logging(rank, tmp_path / "log.txt" if rank == 0 else None)
         utils.logger.info("a step")
         utils.logger.warning("a warning")
         printed = capsys.readouterr().out
-        assert ("a step" in printed) == is_main and "a warning" in printed
-        assert (tmp_path / "log.txt").exists() == is_main
-        if is_main:
+        assert ("a step" in printed) == (rank == 0) and "a warning" in printed
+        assert ("[rank 1]" in printed) == (rank == 1)
+        if rank == 0:
             text = (tmp_path / "log.txt").read_text()
             assert "a step" in text and "a warning" in text
-        else:
-            assert "[rank " in printed
     finally:
         for handler in utils.logger.handlers:
             if isinstance(handler, logging.FileHandler):
@@ -703,11 +714,11 @@ def test_only_the_main_process_logs_what_is_not_a_warning(
 
 
 def test_versions_are_plain_text_and_name_the_revision() -> None:
-    found = utils.versions()
-    assert torch.__version__.startswith(found["torch"].split("+")[0])
-    assert {"python", "torchvision", "numpy", "hotcoco", "pycocotools", "revision"} <= set(found)
-    assert all(type(value) is str and value for value in found.values())
-    assert json.loads(json.dumps(found)) == found
+    versions = utils.versions()
+    assert torch.__version__.startswith(versions["torch"].split("+")[0])
+    assert {"python", "torchvision", "numpy", "hotcoco", "pycocotools", "revision"} <= set(versions)
+    assert all(type(value) is str and value for value in versions.values())
+    assert json.loads(json.dumps(versions)) == versions
 
 
 def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
@@ -716,7 +727,7 @@ def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
     assert utils.printable("猫 é\x1b[31m\n\x7f\x9b\udcff") == r"猫 é\x1b[31m\n\x7f\x9b\udcff"
     handlers = utils.logger.handlers, utils.logger.propagate, utils.logger.level
     try:
-        utils.set_up_logging(True, tmp_path / "log.txt")
+        utils.set_up_logging(0, tmp_path / "log.txt")
         utils.logger.info("class %s\nnext line", "cat\x1b[2J\x9b")
     finally:
         for handler in utils.logger.handlers:

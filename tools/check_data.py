@@ -8,8 +8,6 @@ Exits with 1 if there are errors. The rules are in docs/data.md.
 
 from __future__ import annotations
 
-from data import coco_rules
-
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.check_data")
 
@@ -35,7 +33,7 @@ from tqdm import tqdm
 import coco_utils
 import utils
 from data import cache as data_cache
-from data import checks, conversion, image_files, locate
+from data import checks, coco_rules, conversion, image_files, locate
 from data.coco_arrays import Annotations
 from data.coco_rules import Finding
 from data.splits import data_paths

@@ -18,8 +18,6 @@ draws one step of the method on an image and its boxes, as docs/retinanet.md exp
 
 from __future__ import annotations
 
-from data import checks
-
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.visualize")
 
@@ -40,7 +38,7 @@ from torchvision.io import write_jpeg
 import coco_utils
 import presets
 import utils
-from data import coco_arrays, coco_json, image_files
+from data import checks, coco_arrays, coco_json, image_files
 from data.loading import make_loader
 from data.splits import read_splits
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, repeat_factors

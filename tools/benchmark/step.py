@@ -49,8 +49,12 @@ NUM_LABELS = 91  # COCO's, background included
 RATE = 1e-6  # small, as weights are random: the loss must stay finite
 # What a device has finished all its work for before the host goes on, as the profiler names it.
 WAITS = (
-    *("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"),
-    *("aten::_unique2", "aten::bincount"),
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::_unique2",
+    "aten::bincount",
 )
 DTYPES = ("fp32", "tf32", "bf16")
 # On a CPU the reference scripts run fp32 whatever the flags, on CUDA unless told `--amp` (fp16).

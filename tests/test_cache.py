@@ -1,6 +1,6 @@
-"""The annotation cache: equal to what it stands for, built once, rebuilt when anything is amiss.
+"""The annotation cache: equal to the parsed file, built once, rebuilt when stale or damaged.
 
-python -m pytest tests/test_data_cache.py
+python -m pytest tests/test_cache.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_coco_json import changed, valid, write
+from helpers import changed, valid, write
 
 from data import cache as data_cache
 from data import coco_json
@@ -48,9 +48,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def assert_right(path: Path) -> None:
     expected, warnings = coco_json.read_annotations(path)
-    cached, found = data_cache.examine(path)
+    cached, findings = data_cache.examine(path)
     assert cached is not None
-    assert found == warnings and len(found) == 1  # the missing iscrowd is told every time
+    assert findings == warnings and len(findings) == 1  # the missing iscrowd is reported every time
     for field in dataclasses.fields(expected):
         value, other = getattr(expected, field.name), getattr(cached, field.name)
         if isinstance(value, np.ndarray):
@@ -85,12 +85,12 @@ def test_small_files_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "cache").exists()
 
 
-def test_changed_file_is_read_anew(json_file: Path) -> None:
+def test_a_changed_file_is_read_again(json_file: Path) -> None:
     before, _ = data_cache.examine(json_file)
-    about = json_file.stat()
+    stat = json_file.stat()
     content = json_file.read_bytes().replace(b"[15, 10, 20.25, 30]", b"[15, 10, 20.25, 31]")
     json_file.write_bytes(content)
-    os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))  # same size, same time
+    os.utime(json_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # same size, same time
     after, _ = data_cache.examine(json_file)
     assert before is not None and after is not None
     assert before.fingerprint() != after.fingerprint()
@@ -103,12 +103,12 @@ def test_a_change_anywhere_in_a_large_file_is_noticed(json_file: Path) -> None:
     for shift in range(0, 130_000, 25_000):  # samples of 64 KiB would leave gaps of 46 KiB
         old = content[:1] + blank + b" " * shift + content[1:-1] + blank + content[-1:]
         json_file.write_bytes(old)
-        about = json_file.stat()
+        stat = json_file.stat()
         before, _ = data_cache.examine(json_file)
         changed = old.replace(b"20.25", b"20.75")
         assert changed != old
         json_file.write_bytes(changed)
-        os.utime(json_file, ns=(about.st_atime_ns, about.st_mtime_ns))
+        os.utime(json_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         after, _ = data_cache.examine(json_file)
         assert before is not None and after is not None
         assert before.fingerprint() != after.fingerprint()
@@ -225,7 +225,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_cache_is_built_anew(
+def test_a_damaged_cache_is_built_again(
     damage: Any, json_file: Path, reads: list[Path], tmp_path: Path
 ) -> None:
     data_cache.examine(json_file)
@@ -264,14 +264,14 @@ def test_files_with_errors_are_read_once_and_not_kept(
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 
-def test_unwritable_cache_is_said_and_does_without(
+def test_an_unwritable_cache_is_logged_and_not_used(
     json_file: Path, tmp_path: Path, reads: list[Path]
 ) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     annotations, findings = data_cache.examine(json_file)
     assert annotations is not None and len(reads) == 1
-    (told,) = [f for f in findings if f.what == "annotations that cannot be cached"]
-    assert told.severity == "warning" and "cache" in told.cases[0]
+    (finding,) = [f for f in findings if f.what == "annotations that cannot be cached"]
+    assert finding.severity == "warning" and "cache" in finding.cases[0]
 
 
 def _count_and_read(path: Path, log: Path, start: Any) -> None:
@@ -310,7 +310,7 @@ def test_one_of_six_processes_builds(before: Any, json_file: Path, tmp_path: Pat
     assert_right(json_file)
 
 
-def test_killed_builder_leaves_nothing_in_the_way(json_file: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_does_not_block_the_next(json_file: Path, tmp_path: Path) -> None:
     def build_and_die() -> None:
         def save(*_: Any) -> None:
             os.kill(os.getpid(), 9)
@@ -344,7 +344,7 @@ def test_a_lock_does_not_follow_a_link(json_file: Path, tmp_path: Path) -> None:
     lock.symlink_to(victim)
     truncate(folder)
     _, findings = data_cache.examine(json_file)
-    assert any(found.what == "annotations that cannot be cached" for found in findings)
+    assert any(finding.what == "annotations that cannot be cached" for finding in findings)
     assert victim.read_text() == "precious"
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 writes fails on every process or on none: python -m pytest tests/test_run.py."""
+"""If a write of rank 0 fails, every process fails: pytest tests/test_run_folder.py."""
 
 import contextlib
 import json
@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import TINY
-from helpers import make_run
+from helpers import CPU, make_run
 
 import train as train_script
 from data import coco_arrays, coco_json
 from runtime import checkpoint, resuming, summary
 from runtime import run_folder as run
-from runtime.distributed import Processes, join_process_group
+from runtime.distributed import join_process_group
 from runtime.records import read_json_lines
 from utils import UserError
 
@@ -42,14 +42,14 @@ def _write_everything(rank: int, world_size: int, port: int, folder: Path) -> No
             "marker": ("preempted", lambda r: r.finish()),
         }
         for name, (blocked, act) in actions.items():
-            place = folder / name
+            run_folder = folder / name
             if processes.is_main:
-                place.mkdir()
-                checkpoint.save({"step": 3}, place / checkpoint.NEWEST)
-                _block(place / blocked)
+                run_folder.mkdir()
+                checkpoint.save({"step": 3}, run_folder / checkpoint.NEWEST)
+                _block(run_folder / blocked)
             processes.barrier()
             try:
-                act(make_run(place, processes))
+                act(make_run(run_folder, processes))
                 seen[name] = "nothing"
             except UserError as error:
                 seen[name] = str(error)
@@ -72,7 +72,7 @@ def test_a_write_that_fails_on_rank_0_raises_the_same_error_on_all(tmp_path: Pat
         assert not list((tmp_path / name).glob("*.tmp"))
 
 
-def test_the_table_says_what_checkpoints_take_and_warns_if_they_do_not_fit(
+def test_the_setup_has_the_disk_use_and_warns_if_it_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = make_run(tmp_path)
@@ -168,16 +168,15 @@ def test_the_table_says_how_many_samples_an_epoch_has(tiny_shapes: Path, tmp_pat
 def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_path: Path) -> None:
     checkpoint.save({"step": 3}, tmp_path / checkpoint.NEWEST)
     before = (tmp_path / checkpoint.NEWEST).read_bytes()
-    processes = Processes(torch.device("cpu"))
     with contextlib.ExitStack() as stack, pytest.raises(UserError, match="holds a run"):
-        run.open_folder(tmp_path, None, False, processes, stack)
+        run.open_folder(tmp_path, None, False, CPU, stack)
     assert (tmp_path / checkpoint.NEWEST).read_bytes() == before
     with contextlib.ExitStack() as stack:
-        found = run.open_folder(tmp_path, "auto", False, processes, stack)
-    assert found == tmp_path / checkpoint.NEWEST
+        path = run.open_folder(tmp_path, "auto", False, CPU, stack)
+    assert path == tmp_path / checkpoint.NEWEST
 
 
-def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path) -> None:
+def test_a_resume_on_other_data_names_the_difference_without_hashes(tmp_path: Path) -> None:
     def read(number: int) -> coco_arrays.Annotations:
         document = {
             "images": [{"id": i, "file_name": f"{i}.jpg", "width": 9, "height": 9} for i in (3, 5)],
@@ -194,7 +193,7 @@ def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path)
     old, new = read(4), read(3)
     summaries = {"data": old.summary(), "val_data": old.summary()}
     saved = {"data": old.fingerprint(), "val_data": old.fingerprint()}
-    for remembered, told in (
+    for remembered, message in (
         (summaries, "training data: boxes 4 → 3, boxes by class: cat 4 → 3, the first difference"),
         ({}, "training data: changed (this checkpoint does not remember"),
     ):
@@ -202,5 +201,5 @@ def test_a_resume_on_other_data_says_what_differs_without_hashes(tmp_path: Path)
         now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
         with pytest.raises(UserError) as error:
             resuming.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
-        assert told in str(error.value) and "another --output-dir" in str(error.value)
+        assert message in str(error.value) and "another --output-dir" in str(error.value)
         assert not re.search("[0-9a-f]{20}", str(error.value))

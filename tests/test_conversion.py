@@ -1,6 +1,6 @@
 """VOC and YOLO folders become COCO JSON with every image, box and name, or a clear error.
 
-python -m pytest tests/test_formats.py
+python -m pytest tests/test_conversion.py
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import hotcoco
 import numpy as np
 import pytest
-from conftest import TINY, run_script
+from helpers import TINY, run_script
 from PIL import Image
 
 from data import cache as data_cache
@@ -56,7 +56,7 @@ def voc(root: Path) -> Path:
         objects = [("cat", 0, (1, 2, 31, 22)), ("R&amp;D", 1, (5, 5, 9, 9))]
         write(root / "Annotations" / f"{stems[0]}.xml", voc_xml(f"{stems[0]}.jpg", *objects))
         write(root / "Annotations" / f"{stems[1]}.xml", voc_xml(f"{stems[1]}.jpg"))
-        # A stem with a blank cannot stand in a list, whose second column says -1, 0 or 1.
+        # A stem with a blank cannot stand in a list, whose second column is -1, 0 or 1.
         shutil.move(root / "Annotations" / f"{stems[0]}.xml", root / "Annotations" / f"{split}.xml")
         write(root / "ImageSets" / "Main" / f"{split}.txt", f"{split}  1\n{stems[1]} -1\n")
     return root
@@ -77,7 +77,7 @@ def read(layout: str, root: Path, split: str = "train") -> coco_arrays.Annotatio
     annotations, findings = coco_json.read_annotations(
         conversion.coco_paths(layout, root)[f"{split}_annotations"]
     )
-    assert all(found.severity == "warning" for found in findings)
+    assert all(finding.severity == "warning" for finding in findings)
     return annotations
 
 
@@ -94,10 +94,10 @@ def test_voc_keeps_every_image_name_and_box(tmp_path: Path) -> None:
     root = voc(tmp_path / "data")
     annotations = read("voc", root)
     assert annotations.categories == ((1, "R&D"), (2, "cat"))
-    found = boxes_by_name(annotations)
-    assert list(found) == ["train ü 0.jpg", "train_1.jpg"] and found["train_1.jpg"] == []
-    (_, cat), (_, difficult) = found["train ü 0.jpg"]
-    assert [name for name, _ in found["train ü 0.jpg"]] == ["cat", "R&D"]
+    boxes = boxes_by_name(annotations)
+    assert list(boxes) == ["train ü 0.jpg", "train_1.jpg"] and boxes["train_1.jpg"] == []
+    (_, cat), (_, difficult) = boxes["train ü 0.jpg"]
+    assert [name for name, _ in boxes["train ü 0.jpg"]] == ["cat", "R&D"]
     assert cat == [0, 1, 31, 21] and difficult == [4, 4, 5, 5]  # VOC counts pixels from 1
     assert annotations.iscrowd.tolist() == [False, True]  # difficult: neither trained nor scored
     assert annotations.sizes.tolist() == [[40, 64]] * 2
@@ -109,7 +109,7 @@ def test_voc_keeps_every_image_name_and_box(tmp_path: Path) -> None:
 def test_voc_folders_with_xml_beside_the_images_need_no_lists(tmp_path: Path) -> None:
     for split in ("train", "valid"):
         write_image(tmp_path / "data" / split / "x.png")
-        # Tools rename images and leave <filename> as it was; the stem says which one it is.
+        # Tools rename images and leave <filename> as it was; the stem identifies the image.
         text = voc_xml("old_name.jpg", ("cat", 0, (1, 2, 31, 22)))
         write(tmp_path / "data" / split / "x.xml", text)
     assert boxes_by_name(read("voc", tmp_path / "data", "val")) == {
@@ -120,9 +120,9 @@ def test_voc_folders_with_xml_beside_the_images_need_no_lists(tmp_path: Path) ->
 def test_yolo_keeps_every_image_name_and_box(tmp_path: Path) -> None:
     annotations = read("yolo", yolo(tmp_path / "data"))
     assert annotations.categories == ((1, "dog"), (2, "R&D: x"))  # in the order of data.yaml
-    found = boxes_by_name(annotations)
-    assert found["empty.jpg"] == []
-    assert found["a b ü.jpg"] == [("R&D: x", [24, 10, 16, 20]), ("dog", [0, 0, 16, 20])]
+    boxes = boxes_by_name(annotations)
+    assert boxes["empty.jpg"] == []
+    assert boxes["a b ü.jpg"] == [("R&D: x", [24, 10, 16, 20]), ("dog", [0, 0, 16, 20])]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_yolo_names_may_be_written_in_each_usual_way(names: str, tmp_path: Path)
     assert [name for _, name in read("yolo", root).categories] == ["dog", "cat"]
 
 
-def test_yolo_boxes_of_a_turned_image_are_those_that_one_sees(tmp_path: Path) -> None:
+def test_yolo_boxes_of_a_turned_image_are_those_that_viewers_show(tmp_path: Path) -> None:
     root, exif = yolo(tmp_path / "data"), Image.Exif()
     exif[0x0112] = 6
     write_image(root / "train" / "images" / "a b ü.jpg", exif)
@@ -163,18 +163,18 @@ def test_conversion_happens_once_and_again_after_a_change(
     root, calls = yolo(tmp_path / "data"), []
     convert = yolo_reader.read_split
     monkeypatch.setattr(
-        yolo_reader, "read_split", lambda *given: (calls.append(given), convert(*given))[1]
+        yolo_reader, "read_split", lambda *args: (calls.append(args), convert(*args))[1]
     )
     first = boxes_by_name(read("yolo", root))
     assert boxes_by_name(read("yolo", root)) == first and len(calls) == 2  # the two splits
     label = root / "train" / "labels" / "a b ü.txt"
-    about = label.stat()
+    stat = label.stat()
     label.write_text("0 0.5 0.5 0.25 0.5\n")
-    os.utime(label, ns=(about.st_atime_ns, about.st_mtime_ns))  # the size tells, too
+    os.utime(label, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the size tells, too
     assert len(boxes_by_name(read("yolo", root))["a b ü.jpg"]) == 1 and len(calls) == 4
-    about = label.stat()
+    stat = label.stat()
     label.write_text("0 0.5 0.5 0.25 0.4\n")
-    os.utime(label, ns=(about.st_atime_ns, about.st_mtime_ns))  # only the ctime tells
+    os.utime(label, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # only the ctime tells
     read("yolo", root)
     assert len(calls) == 6
     assert data_cache.folder() in conversion.coco_paths("yolo", root)["val_annotations"].parents
@@ -182,7 +182,9 @@ def test_conversion_happens_once_and_again_after_a_change(
 
 @pytest.mark.parametrize("split", labelled.SPLITS)
 @pytest.mark.parametrize("damage", ["cut", "edited", "removed", "empty"])
-def test_a_damaged_json_in_the_cache_is_made_again(split: str, damage: str, tmp_path: Path) -> None:
+def test_a_damaged_json_in_the_cache_is_built_again(
+    split: str, damage: str, tmp_path: Path
+) -> None:
     root = yolo(tmp_path / "data")
     path = conversion.coco_paths("yolo", root)[f"{split}_annotations"]
     whole = path.read_bytes()
@@ -217,7 +219,7 @@ def as_yolo(bccd: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize("layout, tolerance", [("voc", 0.51), ("yolo", 1e-3)])
-def test_bccd_comes_back_from_both_layouts(
+def test_bccd_is_unchanged_after_a_way_through_voc_or_yolo(
     layout: str, tolerance: float, bccd: Path, tmp_path: Path
 ) -> None:
     {"voc": as_voc, "yolo": as_yolo}[layout](bccd, tmp_path / "data")
@@ -228,25 +230,25 @@ def test_bccd_comes_back_from_both_layouts(
         converted = read(layout, tmp_path / "data", split)
         names = [sorted(name for _, name in a.categories) for a in (original, converted)]
         assert names[0] == names[1]
-        expected, found = boxes_by_name(original), boxes_by_name(converted)
-        assert expected.keys() == found.keys()
+        expected, actual = boxes_by_name(original), boxes_by_name(converted)
+        assert expected.keys() == actual.keys()
         for file_name, rows in expected.items():
-            assert [n for n, _ in rows] == [n for n, _ in found[file_name]]
+            assert [n for n, _ in rows] == [n for n, _ in actual[file_name]]
             if rows:  # VOC has whole pixels, YOLO six decimals
-                boxes = [np.array([box for _, box in r]) for r in (rows, found[file_name])]
+                boxes = [np.array([box for _, box in r]) for r in (rows, actual[file_name])]
                 corners = [np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]) for b in boxes]
                 np.testing.assert_allclose(*corners, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
-def test_train_py_takes_the_layout_and_keeps_its_label_map(layout: str, tmp_path: Path) -> None:
+def test_train_py_reads_the_layout_and_keeps_its_label_map(layout: str, tmp_path: Path) -> None:
     root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
     run = tmp_path / "run"
     data = ("--dataset", layout, "--data-path", root)
     run_script("train.py", *TINY, *data, "--epochs", "1", "--keep-empty", "--output-dir", run)
-    about = json.loads((run / "args.json").read_text())
+    record = json.loads((run / "args.json").read_text())
     names = {"voc": ["R&D", "cat"], "yolo": ["dog", "R&D: x"]}[layout]
-    assert [c["name"] for c in about["categories"]] == names
-    assert [c["label"] for c in about["categories"]] == [1, 2]
+    assert [c["name"] for c in record["categories"]] == names
+    assert [c["label"] for c in record["categories"]] == [1, 2]
     done = run_script("train.py", "--test-only", "--resume", run / "checkpoint.pth", "--workers", 0)
     assert "Average Precision" in done.stdout + done.stderr
