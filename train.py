@@ -134,12 +134,12 @@ def main(args: argparse.Namespace) -> int:
         # Order of the training images
         per_step = batches_per_step(args.accumulate_steps, world_size, saved)
         is_one_size = args.data_augmentation in presets.FIXED_SIZE
-        factor = -1 if is_one_size else args.aspect_ratio_group_factor
-        groups = aspect_ratio_groups(train_set.sizes(), factor)
+        groups = aspect_ratio_groups(
+            train_set.sizes(), -1 if is_one_size else args.aspect_ratio_group_factor
+        )
         repeats = train.classes_in_images(train_set.keep), len(train_set), args.repeat_threshold
-        factors = repeat_factors(*repeats)
         sampler = GroupedBatchSampler(
-            groups, args.batch_size, args.seed, rank, world_size, per_step, factors
+            groups, args.batch_size, args.seed, rank, world_size, per_step, repeat_factors(*repeats)
         )
         loader = make_loader(train_set, sampler, args.workers, device, keep=True)
 

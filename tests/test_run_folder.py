@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import TINY
-from helpers import CPU, make_run
+from helpers import CPU, TINY, make_run
 
 import train as train_script
 from data import coco_arrays, coco_json
