@@ -123,8 +123,8 @@ def record_and_hurt() -> None:
     """Patch the product so that it records what it trains on, and suffers `FAULTS`."""
     import engine
     import train
-    import utils
-    from runtime import checkpoint
+    from data import worker_processes
+    from runtime import checkpoint, distributed, signals
     from runtime import run_folder as run_module
 
     folder = Path(sys.argv[sys.argv.index("--output-dir") + 1])
@@ -135,8 +135,9 @@ def record_and_hurt() -> None:
     state: list[TrainState] = []
     batches: list[dict[str, Any]] = []
     for name, seconds in json.loads(os.environ.get("PATIENCE", "{}")).items():
-        is_plain = isinstance(getattr(utils, name), float)
-        setattr(utils, name, seconds if is_plain else datetime.timedelta(seconds=seconds))
+        (owner,) = (m for m in (distributed, signals, worker_processes) if hasattr(m, name))
+        is_plain = isinstance(getattr(owner, name), float)
+        setattr(owner, name, seconds if is_plain else datetime.timedelta(seconds=seconds))
 
     def train_one_epoch(model: Any, its_state: Any, *rest: Any, **options: Any) -> bool:
         state[:] = [its_state]
