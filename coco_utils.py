@@ -110,6 +110,8 @@ class Entry:
 class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
     """Images and boxes by (epoch, index): the same pair is the same sample in any worker.
 
+    `index + k * len(self)` is the same image with other random numbers: its k-th copy of an epoch.
+
     Loader workers get no copy of the annotations, which may be gigabytes: `for_workers` and
     `with_entries` send them the entries of each batch.
 
@@ -150,8 +152,8 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         return f"{self.root / self.annotations.file_name(int(number))} (id {image_id})"
 
     def entry(self, index: int) -> Entry:
-        """Return the annotations of one image of the data set."""
-        number, annotations = int(self.keep[index]), self.annotations
+        """Return the annotations of one image; `index + k * len(self)` is its k-th copy."""
+        number, annotations = int(self.keep[index % len(self.keep)]), self.annotations
         rows = slice(*annotations.offsets[number : number + 2])
         height, width = annotations.sizes[number].tolist()
         return Entry(

@@ -1,14 +1,17 @@
-"""Which images form a batch, and in which order: aspect-ratio groups, seeded and resumable.
+"""Which images form a batch, how often and in which order: seeded and resumable.
 
-Source: torchvision's references/detection/group_by_aspect_ratio.py for the groups. What differs:
-the groups are cut over the whole data set and not per process, no image is dropped or repeated,
-and an epoch's order is a pure function of (seed, epoch, batch size, data), so that resuming, also
-with another number of processes, is slicing a list.
+Source: torchvision's references/detection/group_by_aspect_ratio.py for the aspect-ratio groups;
+LVIS (https://arxiv.org/abs/1908.03195, section 5) for the factors that repeat images of rare
+classes. What differs: the groups are cut over the whole data set and not per process, and no image
+is dropped. An epoch has a constant number of samples, and its order is a pure function of (seed,
+epoch, batch size, data), so that resuming, also with another number of processes, is slicing a
+list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -42,6 +45,77 @@ def permutation(count: int, *key: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+def repeat_factors(pairs: np.ndarray, num_images: int, threshold: float) -> np.ndarray:
+    """Return `[I]` float64 of at least 1: how often an epoch shows each image.
+
+    A class that a share f of the images has gets max(1, sqrt(threshold / f)); an image gets the
+    largest of its classes. What is over 1 is scaled so that all images together make a whole
+    number of samples, the nearest one.
+
+    Args:
+        pairs: `[P, 2]` (image, class) for each class that an image has.
+        threshold: the share of images below which a class is rare; 0 repeats nothing.
+    """
+    images, classes = pairs.T
+    shares = np.maximum(np.bincount(classes), 1) / num_images
+    of_class = np.maximum(1, np.sqrt(threshold / shares))
+    factors = np.ones(num_images)
+    np.maximum.at(factors, images, of_class[classes])
+    extra = math.fsum(factors - 1)  # the same on every platform
+    return 1 + (factors - 1) * (round(extra) / extra if extra else 1)
+
+
+def describe_repeats(
+    pairs: np.ndarray, num_images: int, threshold: float, names: Sequence[str]
+) -> str:
+    """Return how many samples an epoch has, and how often it shows the three rarest classes.
+
+    Args:
+        pairs, num_images, threshold: see `repeat_factors`.
+        names: of the classes.
+    """
+    factors = repeat_factors(pairs, num_images, threshold)
+    samples = round(factors.sum())
+    if samples == num_images:
+        return f"{samples:,} an epoch, each image once"
+    images, classes = pairs.T
+    counts = np.bincount(classes)
+    shown = np.bincount(classes, factors[images])
+    rarest = [c for c in np.argsort(counts, kind="stable") if counts[c]][:3]
+    texts = [f"{names[c]} in {counts[c]:,} images comes {shown[c]:,.0f} times" for c in rarest]
+    return f"{samples:,} an epoch of {num_images:,} images; {', '.join(texts)}"
+
+
+def epoch_samples(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Repeat images by their factors: each comes as often as its factor, rounded down or up.
+
+    Systematic sampling: image i owns a stretch as long as its factor exceeds 1 on a line, and each
+    point offset + k on the line, for whole k, repeats its image. The line has a whole length, so
+    that the number of points never changes. The offset moves by the golden ratio per epoch, which
+    makes the mean over epochs converge faster than with independent offsets.
+
+    Args:
+        factors: `[I]`, at least 1, of a whole sum.
+
+    Returns:
+        `[S]` int64: image i's k-th copy is i + k * I, so that copies are augmented independently.
+    """
+    numbers = np.arange(len(factors))
+    ends = np.cumsum(factors - 1)
+    length = round(ends[-1])
+    if not length:
+        return numbers
+    start = int(np.random.Philox(np.random.SeedSequence((seed, 2))).random_raw())
+    position = (start + epoch * 0x9E3779B97F4A7C15) % 2**64  # 64 bits of the golden ratio
+    offset = (position >> 40) / 2**24  # 24 bits: adding it to a whole number does not round
+    points = np.floor(ends / ends[-1] * length + offset).astype(np.int64)
+    copies = np.diff(points, prepend=0)
+    first = np.cumsum(copies) - copies
+    images = np.repeat(numbers, copies)
+    nth = np.arange(length) - first[images] + 1
+    return np.concatenate([numbers, images + nth * len(factors)])
+
+
 def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Cut a shuffled data set into micro-batches of one group each, and shuffle those.
 
@@ -67,16 +141,17 @@ def epoch_batches(groups: np.ndarray, batch_size: int, seed: int, epoch: int) ->
 
 
 class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Yield this process's micro-batches of an epoch as lists of (epoch, image index).
+    """Yield this process's micro-batches of an epoch as lists of (epoch, sample index).
 
     Micro-batch s * world_size + rank is this process's s-th. An epoch ends with a full optimizer
     step: where the list does not fill it, its first batches stand in, and the training loop gives
-    them weight 0 (`weight`), so every image counts once.
+    them weight 0 (`weight`), so every sample counts once. Sample i is image i % len(groups).
 
     Args:
         groups: `[I]` group number of every image.
         batch_size: images per micro-batch.
         batches_per_step: micro-batches per optimizer step, over all processes.
+        factors: `[I]` how often an epoch shows each image (`repeat_factors`); once if not given.
     """
 
     def __init__(
@@ -87,10 +162,12 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         batches_per_step: int = 1,
+        factors: np.ndarray | None = None,
     ) -> None:
+        self.factors = np.ones(len(groups)) if factors is None else factors
         self.groups, self.batch_size, self.seed = groups, batch_size, seed
         self.rank, self.world_size, self.batches_per_step = rank, world_size, batches_per_step
-        self.num_batches = -(-len(groups) // batch_size)
+        self.num_batches = -(-round(self.factors.sum()) // batch_size)
         self.steps_per_epoch = -(-self.num_batches // batches_per_step)
         self.epoch, self.position = 0, 0
 
@@ -113,11 +190,13 @@ class GroupedBatchSampler(Sampler[list[tuple[int, int]]]):
         return (self.steps_per_epoch * self.batches_per_step - self.position) // self.world_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = epoch_batches(self.groups, self.batch_size, self.seed, self.epoch)
+        samples = epoch_samples(self.factors, self.seed, self.epoch)
+        groups = self.groups[samples % len(self.groups)]
+        batches = epoch_batches(groups, self.batch_size, self.seed, self.epoch)
         end = self.steps_per_epoch * self.batches_per_step
         for position in range(self.position + self.rank, end, self.world_size):
             batch = batches[position % self.num_batches]
-            yield [(self.epoch, index) for index in batch.tolist() if index >= 0]
+            yield [(self.epoch, index) for index in samples[batch[batch >= 0]].tolist()]
 
 
 def same_size_batches(padded_sizes: np.ndarray, batch_size: int) -> list[list[int]]:

@@ -30,7 +30,13 @@ from data.coco_arrays import Annotations, differences
 from data.loading import make_loader
 from data.splits import data_paths, read_splits
 from data.worker_processes import kill_workers, start_worker_server, worker_errors
-from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, same_size_batches
+from group_by_aspect_ratio import (
+    GroupedBatchSampler,
+    aspect_ratio_groups,
+    describe_repeats,
+    repeat_factors,
+    same_size_batches,
+)
 from models.averaging import make_ema
 from models.build import build_model, check_model_name
 from models.parallel import wrap
@@ -128,10 +134,12 @@ def main(args: argparse.Namespace) -> int:
         # Order of the training images
         per_step = batches_per_step(args.accumulate_steps, world_size, saved)
         is_one_size = args.data_augmentation in presets.FIXED_SIZE
-        factor = -1 if is_one_size else args.aspect_ratio_group_factor
-        groups = aspect_ratio_groups(train_set.sizes(), factor)
+        groups = aspect_ratio_groups(
+            train_set.sizes(), -1 if is_one_size else args.aspect_ratio_group_factor
+        )
+        repeats = train.classes_in_images(train_set.keep), len(train_set), args.repeat_threshold
         sampler = GroupedBatchSampler(
-            groups, args.batch_size, args.seed, rank, world_size, per_step
+            groups, args.batch_size, args.seed, rank, world_size, per_step, repeat_factors(*repeats)
         )
         loader = make_loader(train_set, sampler, args.workers, device, keep=True)
 
@@ -178,6 +186,7 @@ def main(args: argparse.Namespace) -> int:
             val_data=val_set,
             lr=lr,
             steps_per_epoch=sampler.steps_per_epoch,
+            samples=describe_repeats(*repeats, [name for _, name in train.categories]),
             stack=stack,
         )
         run.start()

@@ -81,6 +81,22 @@ class Annotations:
         total = np.concatenate([[0], np.cumsum((width > 1) & (height > 1))])
         return np.flatnonzero(np.diff(total[self.offsets]))
 
+    def classes_in_images(self, images: np.ndarray) -> np.ndarray:
+        """Return `[P, 2]` int64 (position in `images`, category index), each pair once.
+
+        Crowds do not count, because training leaves them out.
+
+        Args:
+            images: `[n]` numbers of images.
+        """
+        position = np.full(len(self), -1)
+        position[images] = np.arange(len(images))
+        of_row = position[self.image_of_annotation()]
+        counts = (of_row >= 0) & ~self.iscrowd
+        num_classes = max(1, len(self.categories))
+        keys = np.unique(of_row[counts] * num_classes + self.category_index[counts])
+        return np.stack(np.divmod(keys, num_classes), axis=1)
+
     def fingerprint(self) -> str:
         """Return a hash of all that training sees of the annotations."""
         content = hashlib.sha256(json.dumps(self.categories).encode())

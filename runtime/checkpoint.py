@@ -289,7 +289,10 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, dict) and all(map(is_number, v.values())),
         "numbers by name",
     ),
-    "best": (lambda v: v is None or is_number(v), "a number, or None"),
+    "evaluations": (
+        lambda v: isinstance(v, dict) and all(_is_count(k) and is_number(v[k]) for k in v),
+        "AP by epoch",
+    ),
     "args": (_is_args, "flags by name"),
     "categories": (_are_classes, "a list of classes with id, name and label"),
 }

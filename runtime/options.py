@@ -85,6 +85,13 @@ def _add_data_flags(parser: ArgumentParser) -> None:
         help="loader workers per process",
     )
     add("--keep-empty", action="store_true", help="train on images without boxes, too")
+    add(
+        "--repeat-threshold",
+        type=between(float, 0, 1),
+        default=0.0,
+        help="show images of classes that less than this share of the images has more often, by "
+        "sqrt(threshold / share); 0 shows each image once",
+    )
 
 
 def _add_model_flags(parser: ArgumentParser) -> None:
@@ -222,6 +229,12 @@ def _add_evaluation_flags(parser: ArgumentParser) -> None:
         help="epochs between evaluations; 0 never evaluates",
     )
     add(
+        "--patience",
+        type=positive(int),
+        on_resume=LOG,
+        help="stop after this many evaluations without a better AP; never if not given",
+    )
+    add(
         "--eval-batch-size",
         type=positive(int),
         default=1,
@@ -347,6 +360,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     if args.compile and args.box_subnet == "sparse":
         raise UserError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
+    if args.patience and not args.eval_every:
+        raise UserError("--patience counts evaluations, and --eval-every 0 makes none")
     if args.sync_bn and device != "cuda":
         raise UserError("--sync-bn works on CUDA only, and this run is on a CPU; leave it out")
     if args.dataset == "coco" and not args.data_path:

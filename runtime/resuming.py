@@ -110,7 +110,7 @@ def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optim
 def from_torchvision(
     saved: dict[str, Any], now: Mapping[str, Any], steps_per_epoch: int, source: Path
 ) -> dict[str, Any]:
-    """Convert a checkpoint of torchvision's detection scripts to ours; return ours unchanged.
+    """Convert a checkpoint of torchvision's detection scripts to ours; return ours.
 
     Weights, optimizer, epoch and gradient scale are kept. The order of images is ours, and the
     schedule continues at the epoch. `now` describes this run; it fills in what torchvision's
@@ -121,6 +121,7 @@ def from_torchvision(
     """
     require_kinds(saved, source, KINDS)
     if "step" in saved:
+        saved.setdefault("evaluations", {})  # older ones have the best AP only
         return saved
     missing = [name for name in ("model", "optimizer", "epoch", "args") if name not in saved]
     if missing:
@@ -144,7 +145,7 @@ def from_torchvision(
         "step": epoch * steps_per_epoch,
         "position": 0,
         "window": {},
-        "best": None,
+        "evaluations": {},
         "args": {name: theirs.get(name, value) for name, value in now.items()},
     }
 

@@ -63,6 +63,7 @@ class Run:
         settings: the flags, "batches_per_step", and what else identifies the run.
         train_data, val_data: `coco_utils.CocoDetection` each.
         lr: the base learning rate in use.
+        samples: how many an epoch has and how often classes come, for people.
         stack: closes the files that the run opens.
     """
 
@@ -77,11 +78,12 @@ class Run:
         val_data: Any,
         lr: float,
         steps_per_epoch: int,
+        samples: str,
         stack: contextlib.ExitStack,
     ) -> None:
         self.folder, self.state, self.processes = folder, state, processes
         self.should_stop, self.train_data, self.val_data = should_stop, train_data, val_data
-        self.lr, self.steps_per_epoch = lr, steps_per_epoch
+        self.lr, self.steps_per_epoch, self.samples = lr, steps_per_epoch, samples
         self.settings: dict[str, Any] = {
             k: str(v) if isinstance(v, Path) else v for k, v in settings.items()
         }
@@ -98,7 +100,6 @@ class Run:
         self.progress = progress.Progress(
             steps_per_epoch, settings["epochs"], self.global_batch, processes.is_main
         )
-        self.evaluated: set[int] = set()
         self.lines_seen, self.is_warned = 0, False
         self.board: Board | None = None
         if settings["tensorboard"] and processes.is_main:
@@ -108,9 +109,8 @@ class Run:
     def start(self) -> None:
         """Log the setup, write args.json, drop records after the resumed step."""
         records = self.processes.on_main(self._write_start)
-        aps = {record["epoch"]: record["AP"] for record in records if "AP" in record}
-        self.evaluated = set(aps)
-        self.state.best = max(aps.values(), default=self.state.best)
+        # A checkpoint is saved before its epoch is evaluated.
+        self.state.evaluations |= {r["epoch"]: r["AP"] for r in records if "AP" in r}
         # If the run resumed from another checkpoint, save this one as the newest.
         if self.state.step > 0 and not self.processes.on_main(self._newest_is_this_step):
             self.save()
@@ -134,6 +134,7 @@ class Run:
             self.extra["versions"],
             lr=self.lr,
             steps_per_epoch=self.steps_per_epoch,
+            samples=self.samples,
             step=self.state.step,
             disk=disk,
         )
@@ -198,9 +199,14 @@ class Run:
         return stop
 
     def is_complete(self) -> bool:
-        """Return whether all epochs, or `--max-steps`, are done."""
+        """Return whether all epochs, or `--max-steps`, are done, or AP has stopped rising."""
         limit = self.settings["max_steps"] or math.inf
-        return self.state.epoch >= self.settings["epochs"] or self.state.step >= limit
+        is_done = self.state.epoch >= self.settings["epochs"] or self.state.step >= limit
+        return is_done or self.has_stalled()
+
+    def has_stalled(self) -> bool:
+        """Return whether the last `--patience` evaluations had no better AP."""
+        return self.state.evaluations_since_best >= (self.settings["patience"] or math.inf)
 
     def is_stopped(self) -> bool:
         """Return whether any process was asked to stop; the same on every process."""
@@ -225,7 +231,7 @@ class Run:
     def evaluation_is_due(self) -> bool:
         """Return whether the epoch that ended last should be evaluated and was not yet."""
         every, done = self.settings["eval_every"], self.state.epoch
-        if not every or self.state.position or not done or done - 1 in self.evaluated:
+        if not every or self.state.position or not done or done - 1 in self.state.evaluations:
             return False
         return done % every == 0 or done == self.settings["epochs"]
 
@@ -243,8 +249,7 @@ class Run:
         if self.state.best is None or metrics["AP"] > self.state.best:
             newest, best = self.folder / checkpoint.NEWEST, self.folder / checkpoint.BEST
             self.processes.on_main(lambda: checkpoint.copy(newest, best))
-            self.state.best = metrics["AP"]
-        self.evaluated.add(self.state.epoch - 1)
+        self.state.evaluations[self.state.epoch - 1] = metrics["AP"]
         self._record(metrics)
 
     def _record(self, values: dict[str, Any]) -> None:
@@ -292,4 +297,10 @@ class Run:
             is_auto = self.settings["resume"] == "auto"
             go_on = "run the same command to resume" if is_auto else "add --resume auto to resume"
             advice = f", {'saved' if step else 'nothing to save yet'}; {go_on}"
+        elif self.has_stalled():
+            advice = (
+                f": no better AP in {self.state.evaluations_since_best} evaluations (--patience "
+                f"{self.settings['patience']}); the best is {self.state.best:.3f} of epoch "
+                f"{self.state.best_epoch}, in {checkpoint.BEST}"
+            )
         logger.info("%s after step %d%s", how, step, advice)

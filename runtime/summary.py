@@ -151,6 +151,7 @@ def setup_table(
     *,
     lr: float,
     steps_per_epoch: int,
+    samples: str,
     step: int,
     disk: str,
 ) -> dict[str, str]:
@@ -159,6 +160,7 @@ def setup_table(
     Args:
         settings: the flags, and "batches_per_step".
         train_data, val_data: `coco_utils.CocoDetection` each.
+        samples: how many an epoch has and how often classes come, for people.
     """
     per_step = settings["batches_per_step"]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -166,6 +168,9 @@ def setup_table(
     images = f"{len(train_data)} of {len(train_data.annotations)} images to train on"
     classes = [printable(category["name"]) for category in train_data.label_map]
     names = ", ".join(classes)
+    length = f"{settings['epochs']} epochs of {steps_per_epoch} steps"
+    if settings["patience"]:
+        length += f", at most: until {settings['patience']} evaluations bring no better AP"
     return {
         "data": f"{images}, {len(val_data)} to evaluate",
         "classes": f"{len(classes)}: {names if len(names) <= 70 else names[:69] + '…'}",
@@ -174,7 +179,8 @@ def setup_table(
         "global batch": f"{settings['batch_size'] * per_step} images: {settings['batch_size']} "
         f"x {processes.world_size} processes x {per_step // processes.world_size} accumulated",
         "learning rate": f"{lr:g}, {settings['opt']}",
-        "length": f"{settings['epochs']} epochs of {steps_per_epoch} steps",
+        "samples": printable(samples),
+        "length": length,
         "disk": disk,
         "precision": settings["amp"] or "fp32",
         "devices": describe_devices(processes.device, processes.world_size),

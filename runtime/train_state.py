@@ -27,7 +27,7 @@ class TrainState:
         position: micro-batches of this epoch done, over all processes.
         log_sums: sums since the last logged line, by name; the same on every process. A checkpoint
             calls them "window".
-        best: the best AP so far, None before the first evaluation.
+        evaluations: the AP of every epoch that was evaluated, in order.
         last_step: whose gradient norm the host has yet to read; not part of a checkpoint.
     """
 
@@ -40,7 +40,7 @@ class TrainState:
     step: int = 0
     position: int = 0
     log_sums: dict[str, float] = field(default_factory=dict)
-    best: float | None = None
+    evaluations: dict[int, float] = field(default_factory=dict)
     last_step: LastStep | None = None
 
     def settle(self) -> None:
@@ -98,7 +98,7 @@ class TrainState:
             "step": self.step,
             "position": self.position,
             "window": dict(self.log_sums),
-            "best": self.best,
+            "evaluations": dict(self.evaluations),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class TrainState:
                     tensors[name] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.position = state["epoch"], state["step"], state["position"]
-        self.log_sums, self.best = dict(state["window"]), state["best"]
+        self.log_sums, self.evaluations = dict(state["window"]), dict(state["evaluations"])
         # The schedule is a function of the step: this is where it would be had it never stopped.
         self.scheduler.last_epoch, self.scheduler._step_count = self.step, self.step + 1
         for group, rate, factor in zip(
@@ -127,6 +127,23 @@ class TrainState:
             group["initial_lr"] = rate
             group["lr"] = rate * factor(self.step)
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def best_epoch(self) -> int | None:
+        """The epoch with the best AP, the first of equals; None before the first evaluation."""
+        return max(self.evaluations, key=self.evaluations.__getitem__, default=None)
+
+    @property
+    def best(self) -> float | None:
+        """The best AP so far; None before the first evaluation."""
+        return max(self.evaluations.values(), default=None)
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """How many evaluations followed that with the best AP."""
+        if self.best_epoch is None:
+            return 0
+        return sum(epoch > self.best_epoch for epoch in self.evaluations)
 
     @property
     def model_to_evaluate(self) -> nn.Module:

@@ -444,8 +444,8 @@ def gate(folder: Path, record: Path) -> dict[str, str]:
     from runtime import checkpoint
 
     state = checkpoint.load(folder / checkpoint.NEWEST)
-    names = ("model", "ema", "optimizer", "scaler", "epoch", "step", "position", "window", "best")
-    hashes = {name: digest(state[name]) for name in names}
+    names = ("model", "ema", "optimizer", "scaler", "epoch", "step", "position", "window")
+    hashes = {name: digest(state[name]) for name in (*names, "evaluations")}
     schedule = state["lr_scheduler"]
     hashes["schedule"] = digest([schedule["last_epoch"], schedule["_last_lr"]])
     hashes["log"] = digest(training_log(record, state["step"]))

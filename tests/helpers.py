@@ -250,9 +250,8 @@ def write_malice(path: Path, canary: Path, form: str) -> None:
 def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
     """Make a run of three epochs of five steps, after its first epoch, without data."""
     model = torch.nn.Linear(1, 1)
-    state: Any = SimpleNamespace(
-        model=model, ema=None, epoch=1, step=3, position=0, best=None, model_to_evaluate=model
-    )
+    nothing: Any = None
+    state = TrainState(model, nothing, nothing, nothing, epoch=1, step=3)
     data = SimpleNamespace(label_map=[], annotations=SimpleNamespace(summary=dict))
     flags: dict[str, Any] = {
         "batch_size": 2,
@@ -263,6 +262,7 @@ def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
         "max_steps": None,
         "momentum": 0.9,
         "opt": "sgd",
+        "patience": None,
         "resume": None,
         "tensorboard": False,
     }
@@ -276,6 +276,7 @@ def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
         val_data=data,
         lr=0.1,
         steps_per_epoch=5,
+        samples="10",
         stack=contextlib.ExitStack(),
     )
 

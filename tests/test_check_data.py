@@ -130,6 +130,23 @@ def test_dead_process_is_an_error_not_a_hang(
         check_data.check_images(annotations, root / "train2017", workers)
 
 
+def test_what_a_repeat_threshold_would_do_is_said_where_it_would_do_something(
+    tmp_path: Path,
+) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 64, "height": 40} for i in range(1, 101)]
+    boxes = [annotation(i, i, 1, [1, 2, 12, 9]) for i in range(1, 101)]
+    rare = [annotation(200 + i, i, 2, [1, 2, 12, 9]) for i in range(1, 5)]
+    document = valid() | {"images": images, "annotations": [*boxes, *rare]}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    annotations, _ = coco_json.read_annotations(tmp_path / "a.json")
+    often, seldom = (name for _, name in annotations.categories[:2])
+    text = f"{seldom} in 4 images comes {{}} times, {often} in 100 images comes {{}} times"
+    assert list(check_data.repeat_lines(annotations)) == [
+        "--repeat-threshold 0.1: 102 an epoch of 100 images; " + text.format(6, 102),
+        "--repeat-threshold 0.3: 107 an epoch of 100 images; " + text.format(11, 107),
+    ]
+
+
 @pytest.mark.parametrize("name", ["shapes", "bccd"])
 def test_clean_sets_have_no_findings_and_exit_0(
     name: str, request: pytest.FixtureRequest, tmp_path: Path

@@ -633,6 +633,20 @@ def test_17_lines_of_the_log_cover_steps_on_both_sides_of_a_stop(make_runs: Make
     assert lines[0] == lines[1]
 
 
+# --- 24: repeated images --------------------------------------------------------------------------
+
+
+@smoke
+def test_24_a_stop_in_an_epoch_that_repeats_images(make_runs: MakeRuns, baseline: Baseline) -> None:
+    flags = ("--repeat-threshold", "1", "--eval-every", "0")
+    runs = make_runs(*flags)
+    stop_at((4,), runs, baseline(3, *flags))
+    steps = samples_by_step(runs.record)
+    for epoch in ((1, 2, 3), (4, 5, 6)):
+        ids = [image_id for step in epoch for batch_ids, _ in steps[step] for image_id in batch_ids]
+        assert len(ids) == 18 and len(set(ids)) == 15
+
+
 # --- 18, 19, 20, 21: what is refused --------------------------------------------------------------
 
 

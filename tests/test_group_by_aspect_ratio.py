@@ -1,12 +1,15 @@
-"""Every image once, in one order for all: pytest tests/test_group_by_aspect_ratio.py.
+"""Every image as often as its factor, in one order for all.
 
-The groups are compared with torchvision's rule, written here as its reference scripts have it; the
-batches with what they promise, over data sets, batch sizes, seeds and numbers of processes that
-hypothesis draws.
+pytest tests/test_group_by_aspect_ratio.py. The groups are compared with torchvision's rule, written
+here as its reference scripts have it; the batches with what they promise, over data sets, batch
+sizes, factors, seeds and numbers of processes that hypothesis draws.
 """
 
+import json
+import math
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +17,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from coco_utils import CocoDetection, label_categories
+from data import coco_json
 from group_by_aspect_ratio import (
     GroupedBatchSampler,
     aspect_ratio_groups,
+    describe_repeats,
     epoch_batches,
+    epoch_samples,
     permutation,
+    repeat_factors,
     same_size_batches,
 )
+from presets import training_transforms
 
 FEW = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -35,21 +44,43 @@ class Case(NamedTuple):
     batch_size: int
     seed: int
     epoch: int
+    factors: np.ndarray | None = None
 
 
-CASES = st.builds(
+PLAIN = st.builds(
     Case,
     st.lists(st.integers(0, 7), min_size=1, max_size=70).map(np.array),
     st.integers(1, 9),
     SEEDS,
     st.integers(0, 100),
+    st.none(),
 )
+
+
+def pairs_in(num_images: int) -> st.SearchStrategy[np.ndarray]:
+    """Draw which images have which of five classes, as `repeat_factors` takes it."""
+    pair = st.tuples(st.integers(0, num_images - 1), st.integers(0, 4))
+    return st.sets(pair).map(lambda pairs: np.array(sorted(pairs), np.int64).reshape(-1, 2))
+
+
+@st.composite
+def repeated_cases(draw: st.DrawFn) -> Case:
+    """Draw a data set, some images of which an epoch repeats."""
+    case = draw(PLAIN)
+    pairs, threshold = draw(pairs_in(len(case.groups))), draw(st.floats(0, 1))
+    return case._replace(factors=repeat_factors(pairs, len(case.groups), threshold))
+
+
+REPEATED = repeated_cases()
+CASES = PLAIN | REPEATED
 
 
 def sampler(
     case: Case, rank: int = 0, world_size: int = 1, per_step: int = 1
 ) -> GroupedBatchSampler:
-    made = GroupedBatchSampler(case.groups, case.batch_size, case.seed, rank, world_size, per_step)
+    made = GroupedBatchSampler(
+        case.groups, case.batch_size, case.seed, rank, world_size, per_step, case.factors
+    )
     made.set_epoch(case.epoch)
     return made
 
@@ -108,11 +139,129 @@ def test_permutation_holds_every_number_once(count: int, key: list[int]) -> None
     assert sorted(permutation(count, *key).tolist()) == list(range(count))
 
 
+# --- repeated images ------------------------------------------------------------------------------
+
+
+def lvis_factors(pairs: np.ndarray, num_images: int, threshold: float) -> list[float]:
+    """LVIS's rule as Detectron2's RepeatFactorTrainingSampler has it, image by image."""
+    classes_of = defaultdict(set)
+    for image, number in pairs.tolist():
+        classes_of[image].add(number)
+    freq = Counter(number for classes in classes_of.values() for number in classes)
+    rep = {c: max(1.0, math.sqrt(threshold / (n / num_images))) for c, n in freq.items()}
+    return [max((rep[c] for c in classes_of[image]), default=1.0) for image in range(num_images)]
+
+
+@FEW
+@given(data=st.data(), num_images=st.integers(1, 60), threshold=st.floats(0, 1))
+def test_factors_are_lvis_and_make_a_whole_number_of_samples(
+    data: st.DataObject, num_images: int, threshold: float
+) -> None:
+    pairs = data.draw(pairs_in(num_images))
+    extra = np.array(lvis_factors(pairs, num_images, threshold)) - 1
+    factors = repeat_factors(pairs, num_images, threshold)
+    # All that is over 1 is scaled alike, by less than half a sample in all.
+    assert factors.sum() == pytest.approx(num_images + round(extra.sum()), abs=1e-9)
+    assert (factors - 1) * extra.sum() == pytest.approx(extra * round(extra.sum()), abs=1e-9)
+
+
+def test_a_class_in_one_of_twenty_images_comes_as_the_rule_says() -> None:
+    pairs = np.array([(image, 0) for image in range(400)] + [(image, 1) for image in range(20)])
+    factors = repeat_factors(pairs, 400, 0.2)  # sqrt(0.2 / 0.05) = 2
+    assert factors.tolist() == [2.0] * 20 + [1.0] * 380
+    assert (repeat_factors(pairs, 400, 0) == 1).all()
+    assert describe_repeats(pairs, 400, 0.2, ["cat", "dog"]) == (
+        "420 an epoch of 400 images; dog in 20 images comes 40 times, cat in 400 images comes 420 "
+        "times"
+    )
+    assert describe_repeats(pairs, 400, 0, ["cat", "dog"]) == "400 an epoch, each image once"
+
+
+@FEW
+@given(REPEATED)
+@example(Case(np.zeros(5, int), 2, 0, 0, np.array([1, 4.5, 1, 1.5, 1])))
+def test_an_epoch_has_each_image_as_often_as_its_factor_rounded(case: Case) -> None:
+    assert case.factors is not None
+    num_images = len(case.groups)
+    samples = sorted(index for batch in sampler(case) for _, index in batch)
+    assert len(samples) == round(case.factors.sum())  # in every epoch
+    counts = np.bincount(np.array(samples) % num_images)
+    assert (counts >= np.floor(case.factors + 1e-9)).all()
+    assert (counts <= np.ceil(case.factors - 1e-9)).all()
+    # The copies of an image are numbered, so that each gets random numbers of its own.
+    expected = [i + k * num_images for i, count in enumerate(counts) for k in range(count)]
+    assert samples == sorted(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_the_mean_over_epochs_of_each_image_is_its_factor(seed: int) -> None:
+    rng = np.random.default_rng(3)
+    extra = rng.choice([0, 0.01, 0.3, 0.5, 1, 2.25], 80) * rng.uniform(0, 1.5, 80)
+    factors = 1 + extra * (round(extra.sum()) / extra.sum())
+    totals = np.zeros(80)
+    for epoch in range(1000):
+        samples = epoch_samples(factors, seed, epoch)
+        totals += np.bincount(samples % 80, minlength=80)
+    # 3 in 1000 epochs; independent offsets would have a standard deviation of 16.
+    assert totals == pytest.approx(factors * 1000, abs=3)
+
+
+def test_repeated_samples_are_the_same_on_every_platform_and_release() -> None:
+    factors = np.array([1, 1.5, 3.25, 1, 1.25])
+    epochs = [epoch_samples(factors, 7, epoch).tolist() for epoch in range(4)]
+    assert epochs[0] == epochs[2] == [0, 1, 2, 3, 4, 7, 12, 9]
+    assert epochs[1] == epochs[3] == [0, 1, 2, 3, 4, 6, 7, 12]
+    case = Case(np.array([0, 1, 0, 1, 0]), 2, 7, 3, factors)
+    assert [[index for _, index in batch] for batch in sampler(case)] == [
+        [0, 4],
+        [1, 3],
+        [2, 6],
+        [12, 7],
+    ]
+
+
+@FEW
+@given(PLAIN)
+def test_factors_of_one_are_the_order_without_factors(case: Case) -> None:
+    ones = case._replace(factors=np.ones(len(case.groups)))
+    batches = epoch_batches(case.groups, case.batch_size, case.seed, case.epoch).tolist()
+    expected = [[(case.epoch, i) for i in batch if i >= 0] for batch in batches]
+    assert list(sampler(ones)) == list(sampler(case)) == expected
+
+
+def test_which_images_have_a_class_leaves_crowds_and_images_out(tiny_shapes: Path) -> None:
+    path = tiny_shapes / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    annotations, _ = coco_json.read_annotations(path)
+    ids = [image["id"] for image in document["images"]]
+    numbers = {category: k for k, (category, _) in enumerate(annotations.categories)}
+    images = np.array([1, 3, 4, 9])
+    expected = {
+        (images.tolist().index(ids.index(row["image_id"])), numbers[row["category_id"]])
+        for row in document["annotations"]
+        if not row["iscrowd"] and ids.index(row["image_id"]) in images
+    }
+    assert any(row["iscrowd"] for row in document["annotations"] if row["image_id"] == ids[3])
+    pairs = annotations.classes_in_images(images).tolist()
+    assert sorted(map(tuple, pairs)) == sorted(expected)
+
+
+def test_a_copy_is_the_same_image_with_other_random_numbers(tiny_shapes: Path) -> None:
+    path = tiny_shapes / "annotations" / "instances_train2017.json"
+    annotations, _ = coco_json.read_annotations(path)
+    label_map = label_categories(annotations.categories)
+    transforms = training_transforms("multiscale")
+    data = CocoDetection(tiny_shapes / "train2017", annotations, label_map, transforms)
+    samples = [data[2, 4 + copy * len(data)] for copy in range(6)]
+    assert len({int(target["image_id"]) for _, target in samples}) == 1
+    assert len({tuple(image.shape) for image, _ in samples}) > 2
+
+
 # --- one epoch ------------------------------------------------------------------------------------
 
 
 @FEW
-@given(CASES)
+@given(PLAIN)
 def test_every_image_comes_exactly_once_per_epoch(case: Case) -> None:
     batches = [[index for _, index in batch] for batch in sampler(case)]
     assert sorted(sum(batches, [])) == list(range(len(case.groups)))
@@ -124,9 +273,9 @@ def test_every_image_comes_exactly_once_per_epoch(case: Case) -> None:
 @FEW
 @given(CASES)
 def test_a_batch_is_of_one_group_unless_of_leftovers(case: Case) -> None:
-    drawn = epoch_batches(case.groups, case.batch_size, case.seed, case.epoch)
-    batches = [case.groups[batch[batch >= 0]] for batch in drawn]
-    sizes = Counter(case.groups.tolist())
+    drawn = [np.array([index for _, index in batch]) for batch in sampler(case)]
+    batches = [case.groups[batch % len(case.groups)] for batch in drawn]
+    sizes = Counter(np.concatenate(batches).tolist())
     pure = Counter(
         int(batch[0])
         for batch in batches

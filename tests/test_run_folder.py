@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import CPU, make_run
+from helpers import CPU, TINY, make_run
 
 import train as train_script
 from data import coco_arrays, coco_json
 from runtime import checkpoint, resuming, summary
 from runtime import run_folder as run
 from runtime.distributed import join_process_group
+from runtime.records import read_json_lines
 from utils import UserError
 
 
@@ -97,6 +98,70 @@ def test_the_setup_has_the_disk_use_and_warns_if_it_does_not_fit(
     text, warnings = use(0.045, keep_checkpoints=1)
     assert text.startswith("1 model_EPOCH.pth") and warnings == []
     assert use(0.045, max_steps=9)[0].startswith("1 model_EPOCH.pth")
+
+
+def _train(data: Path, folder: Path, *flags: object) -> str:
+    """Train by `main` on 16 images in two steps an epoch; return the log of the whole run."""
+    words = ["--data-path", data, *TINY, "--batch-size", "8", "--output-dir", folder, *flags]
+    assert train_script.main(train_script.parse_args([str(word) for word in words])) == 0
+    return (folder / "log.txt").read_text()
+
+
+def test_a_run_stops_when_ap_stops_rising_and_a_resumed_one_at_the_same_step(
+    tiny_shapes: Path, tmp_path: Path
+) -> None:
+    # Nothing is that confident after eight steps, so that AP is 0 and the first epoch is the best.
+    flags = ("--epochs", "9", "--patience", "2", "--score-thresh", "0.99", "--resume", "auto")
+    reason = "no better AP in 2 evaluations (--patience 2); the best is 0.000 of epoch 0, in best"
+    whole, stopped, other = (tmp_path / name for name in ("whole", "stopped", "other"))
+    text = _train(tiny_shapes, whole, *flags)
+    assert f"ended after step 6: {reason}" in text
+    assert "9 epochs of 2 steps, at most: until 2 evaluations bring no better AP" in text
+
+    assert reason not in _train(tiny_shapes, stopped, *flags, "--max-steps", "5")
+    # Step 5 is in the third epoch: another folder knows of two evaluations by the checkpoint only.
+    copy = ("--resume", stopped / checkpoint.NEWEST)
+    assert f"ended after step 6: {reason}" in _train(tiny_shapes, other, *flags, *copy)
+    assert f"ended after step 6: {reason}" in _train(tiny_shapes, stopped, *flags)
+    for folder in (whole, stopped):
+        records = read_json_lines(folder / "metrics.jsonl")
+        assert [record["epoch"] for record in records if "AP" in record] == [0, 1, 2]
+        assert checkpoint.load(folder / checkpoint.NEWEST)["evaluations"] == {0: 0.0, 1: 0.0}
+    before = (whole / checkpoint.NEWEST).read_bytes()
+    _train(tiny_shapes, whole, *flags)
+    assert (whole / checkpoint.NEWEST).read_bytes() == before
+    text = _train(tiny_shapes, whole, *flags, "--patience", "3")
+    assert "resuming with another patience: 2 → 3" in text and "ended after step 8: no be" in text
+
+
+def test_a_better_ap_starts_the_count_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, epochs=99, patience=2)
+    checkpoint.save({"step": 3}, tmp_path / checkpoint.NEWEST)
+    stalled = []
+    for epoch, ap in enumerate([0.1, 0.3, 0.2, 0.4, 0.4, 0.3]):
+        run.state.epoch = epoch + 1
+        run.state.evaluations[epoch] = ap
+        stalled.append(run.is_complete())
+    assert stalled == [False, False, False, False, False, True]
+    assert (run.state.best, run.state.best_epoch) == (0.4, 3)
+    run.settings["patience"] = None
+    assert not run.is_complete()
+
+
+def test_patience_without_evaluations_is_refused() -> None:
+    words = ["--dataset", "shapes", "--patience", "2", "--eval-every", "0"]
+    with pytest.raises(UserError, match="--patience counts evaluations, and --eval-every 0"):
+        train_script.check_flags(train_script.parse_args(words))
+
+
+def test_the_table_says_how_many_samples_an_epoch_has(tiny_shapes: Path, tmp_path: Path) -> None:
+    flags = ("--eval-every", "0", "--max-steps", "1", "--repeat-threshold")
+    text = _train(tiny_shapes, tmp_path / "1", *flags, "1")
+    assert "18 an epoch of 15 images; square in 9 images comes 11 times, circle in 11" in text
+    assert "26 epochs of 3 steps\n" in text
+    assert "15 an epoch, each image once\n" in _train(tiny_shapes, tmp_path / "0", *flags, "0")
+    with pytest.raises(UserError, match="repeat_threshold: 1.0 → 0.5"):
+        _train(tiny_shapes, tmp_path / "1", *flags, "0.5", "--resume", "auto")
 
 
 def test_a_folder_with_a_checkpoint_and_no_args_json_is_not_written_over(tmp_path: Path) -> None:

@@ -38,11 +38,13 @@ from data.coco_arrays import Annotations
 from data.coco_rules import Finding
 from data.splits import data_paths
 from data.worker_processes import end_with_parent, start_worker_server
+from group_by_aspect_ratio import describe_repeats, repeat_factors
 from runtime.flags import ArgumentParser, non_negative, positive
 from runtime.options import LAYOUTS, PATHS
 from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
+THRESHOLDS = (0.001, 0.01, 0.1, 0.3)  # for --repeat-threshold; the first is LVIS's
 MOST_CLASSES = 25  # rows of the class table on the terminal
 # Bytes before any other marker than 0xd0 … 0xd7 cost no pixels; before those, some were lost.
 _STRAY = re.compile(r"extraneous bytes before marker 0x(?!d[0-7])")
@@ -228,6 +230,9 @@ def summary_lines(splits: Sequence[Split], data: Mapping[str, Mapping[str, Any]]
             yield _row(f"{label}: least, median, most", [_three(d[key]) for d in data.values()])
         yield ""
         yield from _class_lines(data)
+        for split in splits:
+            if split.name == "train" and split.annotations is not None:
+                yield from repeat_lines(split.annotations)
         yield ""
     yield from _finding_lines(splits)
 
@@ -258,6 +263,16 @@ def _class_lines(data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             _count(c.get(name, 0), d["boxes"]) for c, d in zip(counts, data.values(), strict=True)
         ]
         yield _row(f"  {utils.printable(name)}", cells)
+
+
+def repeat_lines(train: Annotations) -> Iterator[str]:
+    """Yield what --repeat-threshold would do in training, one line for each value that matters."""
+    images = train.images_with_objects()
+    pairs, names = train.classes_in_images(images), [name for _, name in train.categories]
+    for threshold in THRESHOLDS:
+        if repeat_factors(pairs, len(images), threshold).sum() > len(images):
+            text = describe_repeats(pairs, len(images), threshold, names)
+            yield f"--repeat-threshold {threshold:g}: {utils.printable(text)}"
 
 
 def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:

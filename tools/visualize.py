@@ -41,7 +41,7 @@ import utils
 from data import checks, coco_arrays, coco_json, image_files
 from data.loading import make_loader
 from data.splits import read_splits
-from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
+from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, repeat_factors
 from models.build import build_model, load_detector
 from models.retinanet import make_anchor_generator
 from runtime import options
@@ -130,7 +130,9 @@ def draw_batch(argv: list[str]) -> None:
     has_groups = flags.data_augmentation not in presets.FIXED_SIZE
     factor = flags.aspect_ratio_group_factor if has_groups else -1
     groups = aspect_ratio_groups(data.sizes(), factor)
-    sampler = GroupedBatchSampler(groups, flags.batch_size, flags.seed)
+    pairs = annotations.classes_in_images(data.keep)
+    factors = repeat_factors(pairs, len(data), flags.repeat_threshold)
+    sampler = GroupedBatchSampler(groups, flags.batch_size, flags.seed, factors=factors)
     sampler.set_epoch(flags.epoch, 0)
     loader = make_loader(data, sampler, flags.workers, torch.device("cpu"), keep=False)
     resize = flags.data_augmentation not in presets.RESIZING
