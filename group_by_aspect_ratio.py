@@ -11,7 +11,7 @@ list.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -63,27 +63,6 @@ def repeat_factors(pairs: np.ndarray, num_images: int, threshold: float) -> np.n
     np.maximum.at(factors, images, of_class[classes])
     extra = math.fsum(factors - 1)  # the same on every platform
     return 1 + (factors - 1) * (round(extra) / extra if extra else 1)
-
-
-def describe_repeats(
-    pairs: np.ndarray, num_images: int, threshold: float, names: Sequence[str]
-) -> str:
-    """Return how many samples an epoch has, and how often it shows the three rarest classes.
-
-    Args:
-        pairs, num_images, threshold: see `repeat_factors`.
-        names: of the classes.
-    """
-    factors = repeat_factors(pairs, num_images, threshold)
-    samples = round(factors.sum())
-    if samples == num_images:
-        return f"{samples:,} an epoch, each image once"
-    images, classes = pairs.T
-    counts = np.bincount(classes)
-    shown = np.bincount(classes, factors[images])
-    rarest = [c for c in np.argsort(counts, kind="stable") if counts[c]][:3]
-    texts = [f"{names[c]} in {counts[c]:,} images comes {shown[c]:,.0f} times" for c in rarest]
-    return f"{samples:,} an epoch of {num_images:,} images; {', '.join(texts)}"
 
 
 def epoch_samples(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -33,7 +33,6 @@ from data.worker_processes import kill_workers, start_worker_server, worker_erro
 from group_by_aspect_ratio import (
     GroupedBatchSampler,
     aspect_ratio_groups,
-    describe_repeats,
     repeat_factors,
     same_size_batches,
 )
@@ -51,7 +50,7 @@ from runtime.options import PATHS, build_parser, check_flags, check_sizes, outpu
 from runtime.resuming import batches_per_step, resume_run
 from runtime.run_folder import Run, open_folder
 from runtime.signals import StopSignal, end_failed, follow_launcher
-from runtime.summary import RECIPE_BATCH
+from runtime.summary import RECIPE_BATCH, describe_repeats
 from runtime.train_state import TrainState
 from utils import LocalError, UserError, logger
 
@@ -137,9 +136,10 @@ def main(args: argparse.Namespace) -> int:
         groups = aspect_ratio_groups(
             train_set.sizes(), -1 if is_one_size else args.aspect_ratio_group_factor
         )
-        repeats = train.classes_in_images(train_set.keep), len(train_set), args.repeat_threshold
+        pairs = train.classes_in_images(train_set.keep)
+        factors = repeat_factors(pairs, len(train_set), args.repeat_threshold)
         sampler = GroupedBatchSampler(
-            groups, args.batch_size, args.seed, rank, world_size, per_step, repeat_factors(*repeats)
+            groups, args.batch_size, args.seed, rank, world_size, per_step, factors
         )
         loader = make_loader(train_set, sampler, args.workers, device, keep=True)
 
@@ -186,7 +186,7 @@ def main(args: argparse.Namespace) -> int:
             val_data=val_set,
             lr=lr,
             steps_per_epoch=sampler.steps_per_epoch,
-            samples=describe_repeats(*repeats, [name for _, name in train.categories]),
+            samples=describe_repeats(factors, pairs, [name for _, name in train.categories]),
             stack=stack,
         )
         run.start()

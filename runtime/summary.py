@@ -141,6 +141,25 @@ def log_table(title: str, rows: Mapping[str, str], warnings: Sequence[str]) -> N
         logger.warning("warning: %s", warning)
 
 
+def describe_repeats(factors: np.ndarray, pairs: np.ndarray, names: Sequence[str]) -> str:
+    """Return how many samples an epoch has, and how often it shows the three rarest classes.
+
+    Args:
+        factors: `[I]` how often an epoch shows each image.
+        pairs: `[P, 2]` (image, class) for each class that an image has.
+        names: of the classes.
+    """
+    samples = round(factors.sum())
+    if samples == len(factors):
+        return f"{samples:,} an epoch, each image once"
+    images, classes = pairs.T
+    counts = np.bincount(classes)
+    shown = np.bincount(classes, factors[images])
+    rarest = [c for c in np.argsort(counts, kind="stable") if counts[c]][:3]
+    texts = [f"{names[c]} in {counts[c]:,} images comes {shown[c]:,.0f} times" for c in rarest]
+    return f"{samples:,} an epoch of {len(factors):,} images; {', '.join(texts)}"
+
+
 def setup_table(
     settings: Mapping[str, Any],
     model: torch.nn.Module,

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores, class_table, error_line
+from coco_eval import BACKENDS, METRICS, CocoEvaluator, Scores
 from runtime.distributed import Processes
+from runtime.tables import class_table, error_line
 from utils import UserError
 
 CPU = torch.device("cpu")

@@ -22,7 +22,6 @@ from data import coco_json
 from group_by_aspect_ratio import (
     GroupedBatchSampler,
     aspect_ratio_groups,
-    describe_repeats,
     epoch_batches,
     epoch_samples,
     permutation,
@@ -30,6 +29,7 @@ from group_by_aspect_ratio import (
     same_size_batches,
 )
 from presets import training_transforms
+from runtime.summary import describe_repeats
 
 FEW = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**63 - 1)
@@ -170,11 +170,11 @@ def test_a_class_in_one_of_twenty_images_comes_as_the_rule_says() -> None:
     factors = repeat_factors(pairs, 400, 0.2)  # sqrt(0.2 / 0.05) = 2
     assert factors.tolist() == [2.0] * 20 + [1.0] * 380
     assert (repeat_factors(pairs, 400, 0) == 1).all()
-    assert describe_repeats(pairs, 400, 0.2, ["cat", "dog"]) == (
+    assert describe_repeats(repeat_factors(pairs, 400, 0.2), pairs, ["cat", "dog"]) == (
         "420 an epoch of 400 images; dog in 20 images comes 40 times, cat in 400 images comes 420 "
         "times"
     )
-    assert describe_repeats(pairs, 400, 0, ["cat", "dog"]) == "400 an epoch, each image once"
+    assert describe_repeats(np.ones(400), pairs, ["cat", "dog"]) == "400 an epoch, each image once"
 
 
 @FEW

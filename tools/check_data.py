@@ -38,9 +38,10 @@ from data.coco_arrays import Annotations
 from data.coco_rules import Finding
 from data.splits import data_paths
 from data.worker_processes import end_with_parent, start_worker_server
-from group_by_aspect_ratio import describe_repeats, repeat_factors
+from group_by_aspect_ratio import repeat_factors
 from runtime.flags import ArgumentParser, non_negative, positive
 from runtime.options import LAYOUTS, PATHS
+from runtime.summary import describe_repeats
 from utils import UserError, run_command
 
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
@@ -270,8 +271,9 @@ def repeat_lines(train: Annotations) -> Iterator[str]:
     images = train.images_with_objects()
     pairs, names = train.classes_in_images(images), [name for _, name in train.categories]
     for threshold in THRESHOLDS:
-        if repeat_factors(pairs, len(images), threshold).sum() > len(images):
-            text = describe_repeats(pairs, len(images), threshold, names)
+        factors = repeat_factors(pairs, len(images), threshold)
+        if factors.sum() > len(images):
+            text = describe_repeats(factors, pairs, names)
             yield f"--repeat-threshold {threshold:g}: {utils.printable(text)}"
 
 

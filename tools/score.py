@@ -24,6 +24,7 @@ from coco_utils import label_categories
 from data.coco_arrays import Annotations
 from data.coco_json import read_annotations
 from runtime.flags import ArgumentParser, non_negative
+from runtime.tables import class_table, error_line
 from utils import UserError, file_errors, run_command
 
 SHOWN = 10  # findings of a kind that a message lists
@@ -196,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
         f"scored by {flags.backend}"
     )
     print(scores.table)
-    print(coco_eval.class_table(analysis.per_class))
-    print(coco_eval.error_line(analysis))
+    print(class_table(analysis.per_class))
+    print(error_line(analysis))
     if others is not None:
         print(f"\nfirst: {flags.detections}, other: {flags.compare}")
         print(compare(evaluator, rows, others, flags.resamples, flags.seed))
