@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow test-faults soak lint clean
+.PHONY: demo docs test test-slow test-faults test-oldest soak lint clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,14 @@ test-faults: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m faults \
 		tests/test_faults.py tests/test_two_nodes.py
 
+# Once per release: the oldest PyTorch that pyproject.toml allows, in a .venv-oldest of its own.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' \
+		torch==2.10.0 torchvision==0.25.0
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --dist worksteal \
+		-m "not slow and not faults"
+
 # Half an hour and more; CYCLES and SEED may be given.
 soak: .venv/installed
 	PYTHONPATH=. $(BIN)/python tests/soak.py --cycles $(or $(CYCLES),200) --seed $(or $(SEED),0)
@@ -42,4 +50,4 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-oldest runs build *.egg-info
