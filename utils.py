@@ -12,8 +12,10 @@ import errno
 import fcntl
 import io
 import logging
+import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -183,10 +185,18 @@ class PrintableFormatter(logging.Formatter):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Call the `main` of a command and exit with its status; print a `UserError` as one message."""
+    """Call the `main` of a command and exit with its status.
+
+    A `UserError` is printed as one message. Ctrl-C ends the command and its worker processes.
+    """
     mend_streams()
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except UserError as error:
         sys.exit(printable(f"error: {error}", keep="\n"))
 
@@ -247,7 +257,9 @@ def load_tensors(path: Path, source: str) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # any bytes can be in the file, and raise anything
-        reason = str(error).split("\n")[0][:200]
+        # Its first lines are advice to load the file without safety.
+        match = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        reason = (match[1] if match else str(error).split("\n")[0])[:200]
         raise UserError(
             f"{source}: not a file of tensors and plain types, or damaged: {reason}"
         ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import _default_anchorgen

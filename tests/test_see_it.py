@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch import Tensor
 from torchvision.io import write_png
 

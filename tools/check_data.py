@@ -315,7 +315,7 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Check, print, draw; return the exit status."""
     flags = build_parser().parse_args(argv)
-    start_worker_server("tools.check_data")
+    start_worker_server("data.image_files")
     overrides = {name: getattr(flags, name) for name in PATHS}
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")

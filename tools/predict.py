@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = build_parser().parse_args(argv)
     paths = find_images(flags.images)
     if flags.workers:
-        start_worker_server("tools.predict")
+        start_worker_server("data.image_files")
     device = torch.device(flags.device or utils.default_device())
     model, label_map = load_detector(flags.checkpoint or flags.weights, device)
     category_of = {category["label"]: category for category in label_map}
