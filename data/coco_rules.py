@@ -73,7 +73,8 @@ _WARNINGS = {
     "boxes that look like x1 y1 x2 y2": "are they? COCO has x y w h; look: check_data --plot",
     "no box to evaluate with": "AP will be -1",
     "file names in another spelling": "the files that are there are used",
-    "image files in a slow format": "read by PIL; JPEG, PNG and WebP are faster",
+    "image files in a slow format": "read by PIL, of an animation the first frame; JPEG and PNG "
+    "are faster",
     "image files turned by EXIF, which their size cannot confirm": "turned as viewers show them; "
     "look at them with tools.visualize batch",
     "image files with stray bytes": "decoded all the same",

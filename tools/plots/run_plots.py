@@ -108,7 +108,7 @@ def _draw_losses(axes: Axes, run: RunRecords, colour: str, with_parts: bool) -> 
         axes.plot(steps, values, color=colour, linewidth=1.2, label=_named(run))
         return
     axes.plot(steps, values, color="#000000", linewidth=1.2, label="loss")
-    known = ("step", "epoch", "loss", "lr", *SPEED)
+    known = ("step", "epoch", "loss", "lr", "grad_norm", *SPEED)
     parts = dict.fromkeys(name for record in run.training for name in record if name not in known)
     for part, shade in zip(parts, ("#E69F00", "#0072B2", "#009E73", "#CC79A7"), strict=False):
         axes.plot(*_series(run.training, part), color=shade, linewidth=1, label=part)
