@@ -130,8 +130,12 @@ def _is_launched() -> bool:
         return True
     try:
         of_parent = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
-    except OSError:  # another user's
+    except PermissionError:  # another user's
         return False
+    except OSError:  # it died just now
+        return True
+    if of_parent == [b""]:  # it is dying; its children have no other parent yet
+        return True
     here = {os.fsencode(f"{k}={v}") for k, v in os.environ.items() if k.startswith("TORCHELASTIC")}
     return _is_python(parent) and not here <= set(of_parent)
 
