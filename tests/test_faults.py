@@ -664,7 +664,10 @@ def test_18_a_resume_with_other_settings_is_refused(
     renamed = tmp_path / "renamed.json"
     renamed.write_text(original.read_text().replace('"circle"', '"ellipse"'))
     cases = {
-        ("--train-annotations", str(changed)): ("data: ", " → "),
+        ("--train-annotations", str(changed)): (
+            "training data: ",
+            "first difference is at image id",
+        ),
         ("--train-annotations", str(renamed)): ("ellipse", "circle"),
         ("--batch-size", "1"): ("batch_size: 2 → 1",),
         ("--seed", "1"): ("seed: 0 → 1",),
