@@ -38,8 +38,8 @@ def aspect_ratio_groups(sizes: np.ndarray, factor: int) -> np.ndarray:
 def permutation(count: int, *key: int) -> np.ndarray:
     """Return a permutation of `range(count)` that depends only on `key`.
 
-    NumPy promises the raw stream of a bit generator for all platforms and releases, but not what
-    `Generator.permutation` makes of it; hence the stable sort of raw 64-bit words.
+    NumPy promises that a bit generator's raw stream stays the same on all platforms and in all
+    releases. It does not promise that of `Generator.permutation`. So this sorts raw 64-bit words.
     """
     words = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(words, kind="stable")

@@ -7,7 +7,7 @@ Generalized IoU (arXiv 1902.09630) for the box loss of v2.
 What differs from `torchvision.models.detection.RetinaNet`, whose parameters, state dict, inference
 and losses these are: the boxes of a batch are padded to one number and masked, so that every step
 works on whole tensors of known shape. There is no loop over images, no boolean indexing and no
-`.item()`, hence nothing that makes a GPU wait for the host. Anchors are made once per shape. Box
+`.item()`, so nothing makes a GPU wait for the host. Anchors are made once per shape. Box
 arithmetic and losses are fp32 under autocast too (torchvision's bf16 anchors are up to 8 px off).
 That every box has an area is for the data path to check.
 """

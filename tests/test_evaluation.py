@@ -590,7 +590,10 @@ def test_weights_that_are_not_finite_are_refused(
 def test_only_the_weights_that_are_evaluated_must_be_finite(data: CocoDetection) -> None:
     good, bad = trained(data), trained(data)
     nn.init.constant_(bad.head.classification_head.cls_logits.bias, math.nan)
-    load_trained(build(data), {"model": bad.state_dict(), "ema": good.state_dict()}, "c.pth")
+    model = build(data)
+    load_trained(model, {"model": bad.state_dict(), "ema": good.state_dict()}, "c.pth")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, good.state_dict()[name]), name
 
 
 def test_batch_statistics_must_be_finite_and_the_first_names_are_given(data: CocoDetection) -> None:

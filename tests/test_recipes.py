@@ -93,10 +93,18 @@ SGD = {"opt": "sgd", "lr": 0.01, "momentum": 0.9, "wd": 1e-4, "norm_weight_decay
 ADAMW = {"opt": "adamw", "lr": 1e-4, "wd": 0.05}
 SIXTEEN = {"gpus": 8, "batch_size": 2, "accumulate_steps": 1}
 LONG = {
-    **{"gpus": 8, "batch_size": 8, "accumulate_steps": 1, "epochs": 200, "amp": "bf16"},
-    **{"data_augmentation": "lsj", "norm_weight_decay": 0, "clip_grad_norm": 1},
-    **{"ema_decay": 0.9998, "lr_scheduler": "cosineannealinglr"},
-    **{"min_size": None, "max_size": None},  # evaluation at the model's own: 800 and 1333
+    "gpus": 8,
+    "batch_size": 8,
+    "accumulate_steps": 1,
+    "epochs": 200,
+    "amp": "bf16",
+    "data_augmentation": "lsj",
+    "norm_weight_decay": 0,
+    "clip_grad_norm": 1,
+    "ema_decay": 0.9998,
+    "lr_scheduler": "cosineannealinglr",
+    "min_size": None,  # evaluation at the model's own: 800 and 1333
+    "max_size": None,
     "weights_backbone": "ResNet50_Weights.IMAGENET1K_V2",
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -153,11 +161,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "retinanet_r50_fpn_lsj_200e_adamw": {
         **ADAMW | LONG,
-        **{"model": "retinanet_resnet50_fpn", "sync_bn": False},
+        "model": "retinanet_resnet50_fpn",
+        "sync_bn": False,
     },
     "retinanet_r50_fpn_v2_lsj_200e_adamw": {
         **ADAMW | LONG,
-        **{"model": "retinanet_resnet50_fpn_v2", "sync_bn": True},
+        "model": "retinanet_resnet50_fpn_v2",
+        "sync_bn": True,
     },
     "shapes": {"dataset": "shapes", "epochs": 6, "model": "retinanet_resnet50_fpn"},
     "bccd": {

@@ -160,7 +160,7 @@ def _torchvision(path: Path, images: Path, image_ids: np.ndarray, workers: int) 
         num_workers=workers,
         collate_fn=_transposed,
         worker_init_fn=ignore_stop_signals,
-        persistent_workers=workers > 0,  # theirs start anew each epoch: not what is measured here
+        persistent_workers=workers > 0,  # theirs start again each epoch, which is not measured
         multiprocessing_context="fork" if workers else None,
     )
 

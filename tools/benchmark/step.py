@@ -454,7 +454,7 @@ def _compile(ours: Ours, mixed: list[Batch], timed: list[Batch]) -> list[Row]:
     later = counters["stats"]["unique_graphs"]
     ours.run(timed)
     shapes = {image.shape for images, _ in mixed for image in images}
-    name = f"graphs compiled anew, {len(mixed)} batches of {len(shapes)} image sizes"
+    name = f"graphs compiled again, {len(mixed)} batches of {len(shapes)} image sizes"
     return [
         Row("graphs compiled in the first step", "graphs", [first]),
         Row(name, "graphs", [later - first]),
