@@ -74,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
         device, rank, world_size = processes.device, processes.rank, processes.world_size
         stack.enter_context(worker_errors())
         should_stop = StopSignal()
+        processes.barrier()  # a signal that reaches one process from here on finds all prepared
         folder = output_folder(args)
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
 

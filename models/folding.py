@@ -23,8 +23,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 # What calls a normalisation right after the convolution that stands before it in its children.
 _IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
-
-
 # Scale [C', 1, 1, 1] and shift [C'] of a normalisation; the folded weights of a frozen convolution.
 Constants = tuple[Tensor, Tensor, Tensor | None]
 

@@ -17,16 +17,9 @@ from utils import LocalError, UserError
 # Rank 0 scores and writes while the others wait, so the host group has a long timeout. Where all
 # processes arrive together, as in a training step, a peer that hangs is detected much sooner.
 HOST_TIMEOUT = datetime.timedelta(hours=2)
-
-
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
-
-
 NAMING_TIMEOUT = datetime.timedelta(seconds=10)  # torchrun kills survivors of a failure after 30
-
-
 MEETING_EVERY = 10.0  # seconds between the meetings of an evaluation
-
 
 T = TypeVar("T")
 
@@ -163,7 +156,6 @@ def join_process_group(device: str) -> Iterator[Processes]:
         host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         meeting_group = dist.new_group(backend="gloo", timeout=STEP_TIMEOUT)
         group = Processes(torch_device, rank, world_size, host_group, meeting_group)
-        group.barrier()
         yield group
     except RuntimeError as error:
         if group is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):

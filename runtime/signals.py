@@ -17,8 +17,6 @@ import torch.distributed as dist
 from utils import STOP_SIGNALS, logger
 
 LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is gone
-
-
 # One press of Ctrl-C reaches a process twice, from the terminal and from torchrun.
 SAME_SIGNAL = 1.0  # seconds
 

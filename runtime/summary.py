@@ -17,8 +17,6 @@ from runtime.distributed import Processes
 from utils import file_errors, logger, printable, usable_cores
 
 RECIPE_BATCH = 16  # the global batch that the recipe's learning rate is for: 8 GPUs, 2 images each
-
-
 RECIPE_RATES = {"sgd": 0.01, "sgd_nesterov": 0.01, "adamw": 1e-4}  # published for that batch
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from PIL import Image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-
-
 PICTURE = Image.fromarray(RGB)  # 64 wide, 40 high
 
 
@@ -47,8 +45,6 @@ JPEG, PNG = encoded(PICTURE, format="JPEG"), encoded(PICTURE, format="PNG")
 
 
 WEBP = encoded(PICTURE, format="WEBP")
-
-
 DAMAGED = "image files that are damaged"
 
 
