@@ -46,6 +46,14 @@ PUBLISHED = (
     "--weights-backbone ResNet50_Weights.IMAGENET1K_V1"
 )
 
+NEEDS_CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
 
 def torchvision_rates(steps_per_epoch: int, epochs: int) -> list[float]:
     """The learning rates of torchvision's recipe, from its own schedulers used as its loop does."""
@@ -380,6 +388,27 @@ def test_resuming_at_the_end_of_an_epoch_equals_a_run_without_a_break(
         for where in (folder, tmp_path / "run")
     ]
     assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", NEEDS_CUDA])
+def test_a_deterministic_run_that_stopped_within_an_epoch_ends_with_the_same_bits(
+    device: str, train: Train, tmp_path: Path
+) -> None:
+    flags = ("--use-deterministic-algorithms", "--device", device, "--amp", "bf16")
+    flags = (*flags, "--data-augmentation", "multiscale", "--ema-decay", "0.9", "--eval-every", "0")
+    for folder, steps in (("whole", (4,)), ("parts", (1, 3, 4))):
+        for step in steps:
+            more = ("--resume", "auto", "--max-steps", str(step))
+            train(*flags, *more, "--output-dir", tmp_path / folder)
+    whole, parts = (checkpoint.load(tmp_path / f / "checkpoint.pth") for f in ("whole", "parts"))
+    assert whole["step"] == 4 and whole["position"] > 0  # within an epoch
+    for part in ("model", "ema", "optimizer"):
+        assert_equal(whole[part], parts[part])
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    """Assert that two trees of tensors are the same to the bit."""
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_a_run_at_max_steps_stays_there_and_resumes_only_with_its_settings(
