@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from tools import check_data, export, predict, visualize
+from tools import average, check_data, export, predict, visualize
 from tools.plots import drawing, eval_plots, run_plots
 from utils import UserError
 
@@ -62,6 +62,8 @@ def test_visualize_lists_what_it_can_draw(
 
 def test_git_ignores_what_tools_write_by_default() -> None:
     written = [
+        average.build_parser().get_default("output"),
+        "averaged.pth.sha256",
         export.build_parser().get_default("output"),
         predict.build_parser().get_default("output_dir") / "detections.json",
         visualize.build_parser().get_default("picture"),
