@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.io import write_jpeg
+from torchvision.io import encode_jpeg
 
 import coco_utils
 import presets
@@ -94,7 +94,7 @@ def build_parser(step: str = "batch") -> ArgumentParser:
     parser = options.build_parser()
     add = parser.add_argument_group("picture").add_argument
     name = f"{step}.jpg" if step == "batch" else f"{step}.png"
-    add("--picture", type=Path, default=Path(name), help="file to write")
+    add("--picture", type=Path, default=Path(name), help="file to write, in --output-dir if given")
     if step == "batch":
         add("--batches", type=positive(int, 1000), default=4, help="batches to draw, one per row")
         add("--epoch", type=non_negative(int), default=0, help="the epoch to take them from")
@@ -110,6 +110,13 @@ def build_parser(step: str = "batch") -> ArgumentParser:
     if step == "pipeline":
         add("--checkpoint", help="draw what this detector finds, too: a file or a weights' name")
     return parser
+
+
+def picture_path(flags: argparse.Namespace) -> Path:
+    """Return `--picture`, which is relative to `--output-dir` if there is one; make its folder."""
+    path = (flags.output_dir or Path()) / flags.picture
+    utils.make_folder(path.parent)
+    return path
 
 
 def draw_batch(argv: list[str]) -> None:
@@ -141,10 +148,10 @@ def draw_batch(argv: list[str]) -> None:
     torch.manual_seed(utils.derive_seed(flags.seed, flags.epoch, 0))
     batches = list(itertools.islice(loader, flags.batches))
     picture = draw_batches(batches, model, data, flags.side)
-    with utils.file_errors("write", flags.picture):
-        flags.picture.parent.mkdir(parents=True, exist_ok=True)
-        write_jpeg(picture, str(flags.picture), quality=90)
-    print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {flags.picture}")
+    path = picture_path(flags)
+    with utils.file_errors("write", path):
+        path.write_bytes(encode_jpeg(picture, quality=90).numpy().tobytes())
+    print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {path}")
 
 
 def read_boxes(
@@ -218,13 +225,12 @@ def draw_step(step: str, argv: list[str]) -> None:
         figure = method.draw_pipeline(image, boxes, scene)
     else:
         figure = getattr(method, f"draw_{step}")(scene)
-    with utils.file_errors("write", flags.picture):
-        flags.picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(flags.picture)
-    print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {flags.picture}")
+    path = picture_path(flags)
+    drawing.save(figure, path)
+    print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {path}")
     if model is not None:
-        path = flags.picture.with_stem(f"{flags.picture.stem}_detections")
-        method.draw_detections(model, image, label_map).savefig(path)
+        path = path.with_stem(f"{path.stem}_detections")
+        drawing.save(method.draw_detections(model, image, label_map), path)
         print(f"from scores to detections: {path}")
 
 

@@ -113,7 +113,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times better than torchvision's own parts (logarithmic)")
     axes.set_title(title, loc="left")
-    figure.savefig(path)
+    drawing.save(figure, path)
 
 
 def build_parser() -> argparse.ArgumentParser:
