@@ -60,11 +60,12 @@ def read_detections(
     boxes = np.array([detection.bbox for detection in content], np.float64).reshape(-1, 4)
     scores = np.array([detection.score for detection in content], np.float64)
     known = np.array([category["id"] for category in label_map])
-    sorted_ids = np.sort(annotations.image_ids)
+    order = np.argsort(annotations.image_ids)
+    sorted_ids = annotations.image_ids[order]
     images = np.searchsorted(sorted_ids, image_ids).clip(max=len(sorted_ids) - 1)
     classes = np.searchsorted(known, category_ids).clip(max=len(known) - 1)
     names = [detection.file_name for detection in content]
-    order, is_other = np.argsort(annotations.image_ids), np.zeros(len(content), bool)
+    is_other = np.zeros(len(content), bool)
     for entry, name in enumerate(names):
         if isinstance(name, str):
             annotated = annotations.file_name(int(order[images[entry]]))

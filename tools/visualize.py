@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.io import encode_jpeg
 
 import coco_utils
 import presets
@@ -46,7 +45,7 @@ from models.build import build_model, load_detector
 from models.retinanet import make_anchor_generator
 from runtime import options
 from runtime.flags import ArgumentParser, non_negative, positive
-from tools import anchor_fit
+from tools import anchor_fit, predict
 from tools.plots import drawing, method
 from utils import UserError, run_command
 
@@ -112,13 +111,6 @@ def build_parser(step: str = "batch") -> ArgumentParser:
     return parser
 
 
-def picture_path(flags: argparse.Namespace) -> Path:
-    """Return `--picture`, which is relative to `--output-dir` if there is one; make its folder."""
-    path = (flags.output_dir or Path()) / flags.picture
-    utils.make_folder(path.parent)
-    return path
-
-
 def draw_batch(argv: list[str]) -> None:
     """Draw batches as the model sees them, by the flags of `build_parser`."""
     parser = build_parser()
@@ -148,9 +140,8 @@ def draw_batch(argv: list[str]) -> None:
     torch.manual_seed(utils.derive_seed(flags.seed, flags.epoch, 0))
     batches = list(itertools.islice(loader, flags.batches))
     picture = draw_batches(batches, model, data, flags.side)
-    path = picture_path(flags)
-    with utils.file_errors("write", path):
-        path.write_bytes(encode_jpeg(picture, quality=90).numpy().tobytes())
+    path = (flags.output_dir or Path()) / flags.picture
+    predict.write_picture(picture, path)
     print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {path}")
 
 
@@ -225,7 +216,7 @@ def draw_step(step: str, argv: list[str]) -> None:
         figure = method.draw_pipeline(image, boxes, scene)
     else:
         figure = getattr(method, f"draw_{step}")(scene)
-    path = picture_path(flags)
+    path = (flags.output_dir or Path()) / flags.picture
     drawing.save(figure, path)
     print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {path}")
     if model is not None:
