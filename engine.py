@@ -28,6 +28,7 @@ from coco_eval import CocoEvaluator, ImageLosses, Results
 from models.batch_statistics import BatchStatistics
 from models.loss_terms import total_loss
 from models.precision import autocast
+from models.transform import memory_errors
 from runtime import distributed
 from runtime.distributed import Processes
 from runtime.progress import Clock, mean_line
@@ -93,6 +94,7 @@ def train_one_epoch(
             torch.manual_seed(utils.derive_seed(seed, state.epoch, first + processes.rank))
             is_last = number == len(micro_batches) - 1
             with (
+                memory_errors(state.model, len(micro_batches), amp_dtype is not None),
                 _no_sync(model, is_last),
                 statistics.only_of_real_batches(weights, processes.rank),
             ):
@@ -233,7 +235,10 @@ class Evaluation:
         # Batch statistics differ between processes; a checkpoint has those of rank 0.
         self.processes.equalize(model.buffers())
         evaluator = CocoEvaluator(self.data.annotations, self.data.label_map)
-        with autocast(self.processes.device, self.amp_dtype):
+        with (
+            autocast(self.processes.device, self.amp_dtype),
+            memory_errors(model, 1, self.amp_dtype is not None),
+        ):
             finished, results = evaluate(
                 model,
                 self.loader,

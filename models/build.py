@@ -90,9 +90,9 @@ def build_model(
         load: False builds the same architecture, frozen alike, without reading the weights.
         allow_new_classes: False refuses `weights` that do not know every class.
         weights: of the whole detector, a torchvision name or a file; classes match by name.
-        weights_backbone: of the backbone, a torchvision name or a file. With either, torchvision
-            freezes the first layers and, but for v2 and SSD, batch normalisation; without, all is
-            trained.
+        weights_backbone: of the backbone, a torchvision name or a file; not read if there are
+            `weights`. With either, torchvision freezes the first layers and, but for v2 and SSD,
+            batch normalisation; without, all is trained.
         trainable_backbone_layers: counted from the last; None is torchvision's choice.
         min_size, max_size: of the resized image, pixels; None is torchvision's, as in the next two
             lines.
@@ -117,7 +117,9 @@ def build_model(
     if not name.startswith("retinanet"):
         _refuse_options(name, options, anchor_sizes=anchor_sizes, anchor_ratios=anchor_ratios)
     backbone = None
-    if load and weights_backbone:
+    if load and weights_backbone and weights:
+        logger.warning("--weights-backbone %s is not read: --weights replaces it", weights_backbone)
+    elif load and weights_backbone:
         backbone = read_weights(weights_backbone, "--weights-backbone")
     # Only ssdlite has a smaller backbone if that was not trained before it became a detector.
     is_trained = bool(weights_backbone or (weights and not name.startswith("ssdlite")))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+
+from utils import LocalError
 
 
 class BatchTransform(GeneralizedRCNNTransform):
@@ -30,8 +34,15 @@ class BatchTransform(GeneralizedRCNNTransform):
             base.fixed_size,
         )
         self.resize_in_training = resize_in_training
+        # By `training`: the newest batch (N, H, W), and the largest before it. See memory_errors.
+        self.batches = {mode: ((0, 0, 0), (0, 0, 0)) for mode in (True, False)}
         for name, values in (("mean", base.image_mean), ("std", base.image_std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether min_size and max_size choose the size of images in the current mode."""
+        return self.fixed_size is None and (self.resize_in_training or not self.training)
 
     def normalize(self, image: Tensor) -> Tensor:
         """Subtract the mean and divide by the standard deviation; image `[3, H, W]` in 0..1."""
@@ -67,6 +78,8 @@ class BatchTransform(GeneralizedRCNNTransform):
             math.ceil(max(image.shape[axis] for image in images) / size_divisible) * size_divisible
             for axis in (1, 2)
         )
+        largest = max(self.batches[self.training], key=math.prod)
+        self.batches[self.training] = (len(images), height, width), largest
         # Channels-last in memory.
         batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
         for padded, image in zip(batch, images, strict=True):
@@ -84,6 +97,48 @@ class BatchTransform(GeneralizedRCNNTransform):
         """Return the size (H, W) of each image after inference resized and padded it, `[I, 2]`."""
         resized = self.resized_sizes(sizes)
         return (np.ceil(resized / self.size_divisible) * self.size_divisible).astype(np.int64)
+
+
+@contextmanager
+def memory_errors(model: nn.Module, batches_per_step: int, is_mixed: bool) -> Iterator[None]:
+    """Turn an out-of-memory error of the device into a message.
+
+    Args:
+        batches_per_step: micro-batches of this process per optimizer step, if the model trains.
+        is_mixed: whether the precision is mixed already.
+
+    Raises:
+        LocalError: names the batch, the largest that fitted before it, and the flags to change.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        transform = getattr(model, "transform", None)
+        if not isinstance(transform, BatchTransform):
+            raise
+        newest, largest = transform.batches[transform.training]
+        number = max(newest[0], largest[0])  # the last batch of an epoch may be short
+        advice = []
+        if number > 1 and transform.training:
+            parts = next(n for n in range(2, number + 1) if number % n == 0)
+            accumulated = f"--accumulate-steps {batches_per_step * parts}"
+            advice.append(f"--batch-size {number // parts} {accumulated}")
+        elif number > 1:
+            advice.append(f"--eval-batch-size {number // 2}")
+        if not is_mixed:
+            advice.append("--amp")
+        if transform.resizes:
+            advice.append("smaller --min-size and --max-size")
+        fitted = f"the largest that fitted is {_describe(largest)}" if largest[0] else "none fitted"
+        raise LocalError(
+            f"out of memory in a batch of {_describe(newest)} ({fitted}); give "
+            + (", or ".join(advice) or "a smaller --model")
+        ) from error
+
+
+def _describe(batch: tuple[int, int, int]) -> str:
+    number, height, width = batch
+    return f"{number} image{'s' if number > 1 else ''} of {height} x {width} pixels"
 
 
 def _scale(height: int, width: int, shorter: int, longest: int) -> float:

@@ -6,6 +6,7 @@ loading does not ensure.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,8 @@ def read_weights(source: str, flag: str) -> Weights:
         published = models.get_weight(source)
     except (AttributeError, KeyError, ValueError):
         raise UserError(
-            f"{name}: neither a file nor the name of torchvision weights, which look like "
-            "ResNet50_Weights.IMAGENET1K_V1"
+            f"{name}: neither a file nor the name of torchvision weights, such as "
+            + ", ".join(_similar_names(source))
         ) from None
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
     try:
@@ -91,6 +92,15 @@ def published_weights() -> dict[models.WeightsEnum, str]:
     """Return torchvision's weights of whole detectors, with the name of the model of each."""
     names = models.list_models(module=detection)
     return {weights: name for name in names for weights in models.get_model_weights(name)}
+
+
+def _similar_names(source: str) -> list[str]:
+    """Return the names of torchvision weights that are most like `source`, the best first."""
+    detectors = models.list_models(module=detection, exclude=["maskrcnn*", "keypointrcnn*"])
+    builders = [*models.list_models(module=models), *detectors]
+    names = {str(weights) for name in builders for weights in models.get_model_weights(name)}
+    similar = difflib.get_close_matches(source, sorted(names), n=3)
+    return similar or ["ResNet50_Weights.IMAGENET1K_V1"]
 
 
 def _classes_of(published: models.WeightsEnum | None) -> LabelMap | None:

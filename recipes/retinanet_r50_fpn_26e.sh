@@ -2,8 +2,9 @@
 # torchvision's recipe for retinanet_resnet50_fpn, which the defaults of train.py are:
 #     DATA=/coco recipes/retinanet_r50_fpn_26e.sh [FLAGS of train.py]
 # Should reach AP 36.4 on val2017: published by torchvision, as that of
-# RetinaNet_ResNet50_FPN_Weights.COCO_V1; not yet measured here. The rate is for 8 GPUs with 2
-# images each and scales with both; with 4 GPUs, GPUS=4 and --accumulate-steps 2 is the same recipe.
+# RetinaNet_ResNet50_FPN_Weights.COCO_V1; not yet measured here. The rate is for 16 images per step
+# and scales with them: 8 GPUs with 2 images each. GPUS=1 and --batch-size 16 is the same recipe, and
+# so is --batch-size 8 --accumulate-steps 2 on a smaller card.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:?is not set: the folder of COCO, with train2017, val2017 and annotations}

@@ -3,7 +3,8 @@
 # normalisation in the heads, GIoU loss.
 #     DATA=/coco recipes/retinanet_r50_fpn_v2_26e.sh [FLAGS of train.py]
 # Should reach AP 41.5 on val2017: published by torchvision, with this command line, in
-# pytorch/vision#5756; not yet measured here. 8 GPUs with 2 images each.
+# pytorch/vision#5756; not yet measured here. 8 GPUs with 2 images each. With fewer GPUs raise
+# --batch-size: batch normalisation sees all images of a batch, but not those of --accumulate-steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:?is not set: the folder of COCO, with train2017, val2017 and annotations}

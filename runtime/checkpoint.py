@@ -98,7 +98,12 @@ def prune(folder: Path, keep: int) -> None:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Return the paths in `folder` that have the name of a checkpoint, sorted by name."""
     files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in files if _CHECKPOINT.fullmatch(path.name))
+    return sorted(path for path in files if is_checkpoint_name(path.name))
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a run gives one of its checkpoints this name."""
+    return _CHECKPOINT.fullmatch(name) is not None
 
 
 def is_verified(path: Path) -> bool:

@@ -102,7 +102,7 @@ def _in_range(kind: type, words: str, fits: Callable[[Any], bool]) -> Callable[[
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}; give {words}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun}; give one {words}") from None
         if not math.isfinite(value) or not fits(value):
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {noun} {words}")
         return value

@@ -36,15 +36,16 @@ def rate_warnings(opt: str, lr: float, global_batch: int, is_from_detector: bool
     Fine-tuning (`is_from_detector`) often uses a lower rate, so that is no warning.
     """
     expected = RECIPE_RATES[opt] * global_batch / RECIPE_BATCH
-    # Adam's step does not grow with the gradient, and rates of ten times the recipe's are in use.
-    too_high = 1.5 if opt != "adamw" else 20
-    if lr <= too_high * expected and (is_from_detector or lr * 2 > expected):
+    highest = 1.5 * expected
+    if opt == "adamw":  # its step does not grow with the gradient: 5e-4 works at any batch size
+        highest = 10 * max(expected, RECIPE_RATES[opt])
+    if lr <= highest and (is_from_detector or lr * 2 > expected):
         return []
     published = f"{RECIPE_RATES[opt]:g} for {RECIPE_BATCH} images"
     return [
         f"--lr {lr:g} with {opt} and a global batch of {global_batch}: the recipe's {published} "
         f"would be {expected:g}; give that, or --scale-lr, or keep the batch with "
-        "--accumulate-steps"
+        "--batch-size and --accumulate-steps"
     ]
 
 

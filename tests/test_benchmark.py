@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import run_script
+from helpers import ROOT, run_script
 from torch import nn
 from torchvision.io import read_image
 
@@ -23,6 +23,7 @@ from tools.benchmark import __main__ as benchmark
 from tools.benchmark import data as benchmark_data
 from tools.benchmark import eval as benchmark_eval
 from tools.benchmark import loader as benchmark_loader
+from tools.benchmark import memory as benchmark_memory
 from tools.benchmark import step as benchmark_step
 from tools.benchmark.measuring import Row, in_turn
 from utils import UserError
@@ -249,6 +250,50 @@ def test_flops_of_a_dense_box_subnet_are_torchvisions() -> None:
 def test_tf32_on_a_cpu_is_refused_with_the_fix() -> None:
     with pytest.raises(UserError, match="--dtype tf32 is for --device cuda; use fp32"):
         benchmark.main([*TINY_STEP, "--dtype", "tf32"])
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_a_tensor_counts_while_it_lives_and_its_views_do_not() -> None:
+    x = torch.zeros(1000)
+    with benchmark_memory.LiveTensors() as live:
+        live.add(x)
+        y = x * 2
+        z = y.view(10, 100)
+        y.add_(1)
+        assert (live.now, live.peak) == (8000, 8000)
+        del y
+        assert live.now == 8000
+        del z
+        assert (live.now, live.peak) == (4000, 8000)
+        w = (x[:500] + 1).double()  # both for a moment
+        assert (live.now, live.peak) == (8000, 10_000)
+    del w
+    assert live.now == 4000
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_fake_tensors_take_what_real_ones_take(dtype: torch.dtype | None) -> None:
+    step = ("retinanet_resnet18_fpn", 2, (64, 96), dtype)
+    peak = benchmark_memory.step_memory(*step, is_fake=False)
+    assert benchmark_memory.step_memory(*step) == peak
+
+
+def test_the_table_of_the_docs_is_calculated() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text().split("### Memory by batch size")[1]
+    rows = [line.strip("|").split("|") for line in text.split("\n\n")[3].splitlines()[2:]]
+    shown = {int(batch): [cell.strip() for cell in cells] for batch, *cells in rows}
+    assert list(shown) == [1, 2, 4, 8, 16]
+    column = 0
+    for size in benchmark_memory.SIZES:
+        for dtype in benchmark_memory.DTYPES.values():
+            model = "retinanet_resnet50_fpn"
+            one, two = (benchmark_memory.step_memory(model, n, size, dtype) for n in (1, 2))
+            for batch, cells in shown.items():
+                if cells[column]:  # it grows by the same amount with each image
+                    assert cells[column] == f"{(one + (batch - 1) * (two - one)) / 1e9:.1f}"
+            column += 1
 
 
 # --- eval -----------------------------------------------------------------------------------------

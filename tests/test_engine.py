@@ -61,13 +61,17 @@ def run(
     return losses
 
 
-def test_accumulation_equals_the_larger_batch(tmp_path: Path) -> None:
-    batches = make_batches(6, size=2)
-    joined = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(batches[::2], batches[1::2], strict=True)]
+@pytest.mark.parametrize("per_step", [2, 8])
+def test_accumulation_equals_the_larger_batch(tmp_path: Path, per_step: int) -> None:
+    """Eight batches of 2 are one of 16, for images that need no padding."""
+    batches, joined = make_batches(2 * per_step, size=2), []
+    for first in (0, per_step):
+        group = batches[first : first + per_step]
+        joined.append(([x for a, _ in group for x in a], [x for _, b in group for x in b]))
     accumulated, whole = make_state(tmp_path), make_state(tmp_path)
-    losses = run(accumulated, batches, per_step=2)
+    losses = run(accumulated, batches, per_step=per_step)
     assert losses == pytest.approx(run(whole, joined), rel=1e-5)
-    assert accumulated.step == whole.step == 3
+    assert accumulated.step == whole.step == 2
     expected = weights_of(whole.model)
     for name, weight in weights_of(accumulated.model).items():
         assert torch.allclose(weight, expected[name], rtol=1e-4, atol=1e-6), name

@@ -73,6 +73,22 @@ def test_a_command_of_the_docs_is_accepted_as_written(
         train_script.check_flags(args)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr abc", "--lr: 'abc' is not a number; give one greater than 0"),
+        ("--lr 0", "--lr: 0 is out of range; give a number greater than 0"),
+        ("--epochs 1.5", "--epochs: '1.5' is not a whole number; give one greater than 0, at most"),
+        ("--wd x", "--wd/--weight-decay: 'x' is not a number; give one of at least 0"),
+        ("--momentum x", "--momentum: 'x' is not a number; give one from 0 to 1"),
+    ],
+)
+def test_a_wrong_number_is_refused_with_the_right_ones(words: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        train_script.parse_args(words.split())
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/own_data.md", "docs/data.md"])
 def test_a_command_for_user_data_has_weights_or_adamw_with_clipping(page: str) -> None:
     text = (ROOT / page).read_text().replace("\\\n", " ")

@@ -829,6 +829,34 @@ def test_an_unknown_name_is_refused_with_an_example(cache: Path, source: str) ->
     assert "ResNet50_Weights.IMAGENET1K_V1" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("RetinaNet_ResNet50_FPN_Weights.COCO_V9", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"),
+        ("retinanet_resnet50_fpn_v2_weights.coco_v1", "RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1"),
+        ("ResNet50_Weights.IMAGENET_V2", "ResNet50_Weights.IMAGENET1K_V2"),
+    ],
+)
+def test_the_known_names_most_like_an_unknown_one_are_listed(source: str, name: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_weights(source, "--weights")
+    assert name in str(error.value) and len(str(error.value)) < 300
+
+
+def test_the_backbone_is_not_read_where_the_whole_detector_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "detector.pth"
+    torch.save({"model": build_model(RESNET18, THREE).state_dict(), "categories": THREE}, path)
+    missing = "ResNet18_Weights.NOT_EVEN_A_NAME"
+    both = build_model(RESNET18, THREE, weights=str(path), weights_backbone=missing)
+    assert f"--weights-backbone {missing} is not read" in logged(caplog)
+    alone = build_model(RESNET18, THREE, weights=str(path))
+    for name, parameter in alone.named_parameters():
+        other = both.get_parameter(name)
+        assert torch.equal(parameter, other) and parameter.requires_grad == other.requires_grad
+
+
 def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path) -> None:
     for content in ([1, 2], torch.ones(2), 5, "text"):
         torch.save(content, tmp_path / "other.pth")

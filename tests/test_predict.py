@@ -232,7 +232,8 @@ def test_a_batch_is_drawn_with_the_flags_of_train_py(tiny_shapes: Path, tmp_path
     picture = tmp_path / "new" / "batch.jpg"
     flags = ["--data-path", tiny_shapes, "--model", "retinanet_resnet18_fpn", "--workers", 0]
     sizes = ["--min-size", 64, "--max-size", 64, "--batch-size", 3, "--batches", 2, "--side", 200]
-    visualize.main(["batch", *map(str, [*flags, *sizes, "--picture", picture])])
+    where = ["--output-dir", picture.parent, "--picture", picture.name]
+    visualize.main(["batch", *map(str, [*flags, *sizes, *where])])
     with Image.open(picture) as image:
         assert image.width == 3 * 206 + 6  # three tiles of 200 in a row, 6 px apart
         assert len({image.getpixel((x, 40)) for x in range(image.width)}) > 20

@@ -153,7 +153,12 @@ def test_time_left_is_that_of_the_images_left() -> None:
         ("sgd", 0.001, 16, True, None),
         ("sgd", 0.001, 16, False, "would be 0.01"),
         ("adamw", 1e-4, 16, False, None),
+        # What README.md and docs/own_data.md advise from scratch.
+        ("adamw", 5e-4, 1, False, None),
+        ("adamw", 5e-4, 2, False, None),
         ("adamw", 5e-4, 4, False, None),
+        ("adamw", 5e-4, 16, True, None),
+        ("adamw", 2e-3, 2, False, "would be 1.25e-05"),
         ("adamw", 0.01, 16, False, "would be 0.0001"),
     ],
 )

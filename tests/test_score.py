@@ -139,6 +139,18 @@ def _ap(folder: Path) -> Callable[[str], float]:
     return lambda name: -next(row["AP"] for row in rows if row["name"] == name)
 
 
+def test_detections_on_few_of_the_images_are_warned_of(
+    files: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    detections = json.loads(files[1].read_text())
+    for most, is_warned in ((6, False), (5, True)):
+        kept = sorted({detection["image_id"] for detection in detections})[:most]
+        files[1].write_text(json.dumps([d for d in detections if d["image_id"] in kept]))
+        run_main(*files[:2])
+        warning = "warning: 7 of 12 images have no detection; are these the annotations of"
+        assert (warning in capsys.readouterr().err) == is_warned
+
+
 def test_no_detections_score_nothing(
     files: tuple[Path, Path, Path],
     capsys: pytest.CaptureFixture[str],
@@ -175,6 +187,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "NaN score": (_set(1, score=float("nan")), "1 detections whose score is not a finite number"),
     "infinite box": (_set(1, bbox=[0, 0, 1, float("inf")]), "whose bbox is not four finite num"),
     "three numbers": (_set(1, bbox=[0, 0, 1]), "1 detections whose bbox is not four finite"),
+    "another file": (
+        _set(1, file_name="photos/b.jpg"),
+        r"1 detections of another file than the image of their id: photos/b.jpg \(entry 1\)",
+    ),
     "xyxy": (_set(1, bbox=[9.0, 9.0, -4.0, 5.0]), "1 detections with a width or height below 0"),
     "no entry": (lambda found: [*found, 7], "1 detections that are not an object: 7"),
     "no list": (lambda found: {"annotations": found}, "holds a dict, not a list of detections"),

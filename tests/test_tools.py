@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from tools import check_data, export, predict, visualize
+from tools import average, check_data, export, predict, visualize
 from tools.plots import drawing, eval_plots, run_plots
 from utils import UserError
 
@@ -62,6 +62,8 @@ def test_visualize_lists_what_it_can_draw(
 
 def test_git_ignores_what_tools_write_by_default() -> None:
     written = [
+        average.build_parser().get_default("output"),
+        "averaged.pth.sha256",
         export.build_parser().get_default("output"),
         predict.build_parser().get_default("output_dir") / "detections.json",
         visualize.build_parser().get_default("picture"),
@@ -79,6 +81,20 @@ def test_git_ignores_what_tools_write_by_default() -> None:
 
 
 NAMES = ("$x$ $\\frac{", "two\nlines\x1b[2J", "$$")  # matplotlib fails on the first as mathematics
+
+
+def test_a_figure_is_saved_into_a_new_folder_or_refused_in_one_line(tmp_path: Path) -> None:
+    figure = drawing.new_figure(1, 1)
+    drawing.save(figure, tmp_path / "a" / "b" / "plot.PNG")
+    assert (tmp_path / "a" / "b" / "plot.PNG").stat().st_size > 100
+    for name, message in (
+        ("plot", "end its name in .png"),
+        ("plot.txt", "end its name in .png"),
+        ("a/b/plot.PNG/c.png", "cannot create .*plot.PNG"),
+    ):
+        with pytest.raises(UserError, match=message) as raised:
+            drawing.save(figure, tmp_path / name)
+        assert "\n" not in str(raised.value)
 
 
 def test_a_class_name_with_dollars_is_drawn_as_it_is(tmp_path: Path) -> None:

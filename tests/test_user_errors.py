@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import pwd
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from helpers import TINY, run_script
 
 import engine
 import presets
@@ -20,6 +23,7 @@ from data import cache as data_cache
 from data import image_files, loading
 from data.splits import data_paths
 from data.worker_processes import worker_errors
+from models import retinanet
 from runtime.distributed import join_process_group
 from utils import LocalError, UserError
 
@@ -165,6 +169,101 @@ def test_a_killed_worker_of_one_process_is_one_line(
     assert raised.value.code == 1
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and "a loader worker was killed" in text
+
+
+# --- out of memory --------------------------------------------------------------------------------
+
+
+def out_of_memory_at(call: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `original`, which from its `call`-th call on finds no memory left."""
+    calls = itertools.count(1)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) >= call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 …")
+        return original(*args, **kwargs)
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("flags", "call", "message"),
+    [
+        (
+            (),
+            1,
+            "2 images of 64 x 64 pixels (none fitted); give --batch-size 1 --accumulate-steps 2, "
+            "or --amp, or smaller --min-size and --max-size",
+        ),
+        (
+            ("--batch-size", "6", "--accumulate-steps", "2"),
+            2,
+            "3 images of 64 x 64 pixels (the largest that fitted is 6 images of 64 x 64 pixels); "
+            "give --batch-size 3 --accumulate-steps 4, or --amp, or smaller --min-size and "
+            "--max-size",
+        ),
+        (
+            ("--batch-size", "1", "--amp", "bf16", "--data-augmentation", "lsj"),
+            1,
+            "1 image of 1024 x 1024 pixels (none fitted); give a smaller --model",
+        ),
+    ],
+)
+def test_out_of_memory_in_training_names_the_batch_and_the_flags(
+    error_of: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...],
+    call: int,
+    message: str,
+) -> None:
+    loss = out_of_memory_at(call, retinanet.RetinaNet.compute_loss)
+    monkeypatch.setattr(retinanet.RetinaNet, "compute_loss", loss)
+    assert error_of(*flags) == f"error: out of memory in a batch of {message}\n"
+
+
+def test_out_of_memory_in_an_evaluation_names_its_batch_size(
+    error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detect = out_of_memory_at(1, retinanet.RetinaNet.postprocess_detections)
+    monkeypatch.setattr(retinanet.RetinaNet, "postprocess_detections", detect)
+    flags = ("--batch-size", "5", "--eval-batch-size", "5", "--ema-decay", "0.9")
+    assert error_of(*flags) == (
+        "error: out of memory in a batch of 5 images of 64 x 64 pixels (none fitted); give "
+        "--eval-batch-size 2, or --amp, or smaller --min-size and --max-size\n"
+    )
+
+
+OUT_OF_MEMORY_ON_RANK_1 = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch, train
+from models.retinanet import RetinaNet
+
+calls = []
+
+def compute_loss(*args):
+    calls.append(args)
+    if len(calls) > 2:  # the warm-up of DDP
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return original(*args)
+
+if __name__ == "__main__":
+    original = RetinaNet.compute_loss
+    if os.environ["RANK"] == "1":
+        RetinaNet.compute_loss = compute_loss
+    train.run_from_command_line()
+"""
+
+
+def test_out_of_memory_in_one_process_ends_all(tiny_shapes: Path, tmp_path: Path) -> None:
+    script = tmp_path / "rank_1_fails.py"
+    script.write_text(OUT_OF_MEMORY_ON_RANK_1)
+    flags = ("--data-path", tiny_shapes, *TINY, "--batch-size", "5")
+    command = (script, *flags, "--output-dir", tmp_path / "run")
+    done = run_script(*command, processes=2, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error: out of memory in a batch of 5 images of 64 x 64 pix") == 1
+    assert "torch.OutOfMemoryError" not in done.stderr
 
 
 def test_tensorboard_without_its_package_is_refused_before_anything_else(

@@ -357,8 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.plot and whole:
         from tools.plots import data_plots
 
-        with utils.file_errors("write", flags.plot):
-            data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
+        data_plots.draw_page(whole, flags.min_size, flags.max_size, flags.plot)
         print(f"drawn: {flags.plot}", file=sys.stderr)
     return 1 if num_errors else 0
 

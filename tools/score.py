@@ -38,6 +38,7 @@ class Detection(msgspec.Struct, gc=False):
     category_id: Id
     bbox: tuple[float, float, float, float]  # x, y, w, h
     score: float
+    file_name: Any = None  # tools.predict writes it, and numbers the images itself
 
 
 def read_detections(
@@ -59,11 +60,20 @@ def read_detections(
     boxes = np.array([detection.bbox for detection in content], np.float64).reshape(-1, 4)
     scores = np.array([detection.score for detection in content], np.float64)
     known = np.array([category["id"] for category in label_map])
-    sorted_ids = np.sort(annotations.image_ids)
+    order = np.argsort(annotations.image_ids)
+    sorted_ids = annotations.image_ids[order]
     images = np.searchsorted(sorted_ids, image_ids).clip(max=len(sorted_ids) - 1)
     classes = np.searchsorted(known, category_ids).clip(max=len(known) - 1)
-    problems = {
-        "of an image that is not annotated": (sorted_ids[images] != image_ids, image_ids),
+    names = [detection.file_name for detection in content]
+    is_other = np.zeros(len(content), bool)
+    for entry, name in enumerate(names):
+        if isinstance(name, str):
+            annotated = annotations.file_name(int(order[images[entry]]))
+            is_other[entry] = Path(name).name != Path(annotated).name
+    is_unknown = sorted_ids[images] != image_ids
+    problems: dict[str, tuple[Any, Any]] = {
+        "of an image that is not annotated": (is_unknown, image_ids),
+        "of another file than the image of their id": (is_other & ~is_unknown, names),
         "of an unknown category": (known[classes] != category_ids, category_ids),
         "with a width or height below 0": ((boxes[:, 2:] < 0).any(axis=1), boxes),
     }
@@ -196,6 +206,12 @@ def main(argv: list[str] | None = None) -> None:
         f"{len(rows)} detections on {images} of {len(annotations)} images, "
         f"scored by {flags.backend}"
     )
+    if 2 * images < len(annotations):
+        print(
+            f"warning: {len(annotations) - images} of {len(annotations)} images have no detection; "
+            "are these the annotations of the images that were predicted?",
+            file=sys.stderr,
+        )
     print(scores.table)
     print(class_table(analysis.per_class))
     print(error_line(analysis))

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.io import write_jpeg
 
 import coco_utils
 import presets
@@ -46,7 +45,7 @@ from models.build import build_model, load_detector
 from models.retinanet import make_anchor_generator
 from runtime import options
 from runtime.flags import ArgumentParser, non_negative, positive
-from tools import anchor_fit
+from tools import anchor_fit, predict
 from tools.plots import drawing, method
 from utils import UserError, run_command
 
@@ -94,7 +93,7 @@ def build_parser(step: str = "batch") -> ArgumentParser:
     parser = options.build_parser()
     add = parser.add_argument_group("picture").add_argument
     name = f"{step}.jpg" if step == "batch" else f"{step}.png"
-    add("--picture", type=Path, default=Path(name), help="file to write")
+    add("--picture", type=Path, default=Path(name), help="file to write, in --output-dir if given")
     if step == "batch":
         add("--batches", type=positive(int, 1000), default=4, help="batches to draw, one per row")
         add("--epoch", type=non_negative(int), default=0, help="the epoch to take them from")
@@ -141,10 +140,9 @@ def draw_batch(argv: list[str]) -> None:
     torch.manual_seed(utils.derive_seed(flags.seed, flags.epoch, 0))
     batches = list(itertools.islice(loader, flags.batches))
     picture = draw_batches(batches, model, data, flags.side)
-    with utils.file_errors("write", flags.picture):
-        flags.picture.parent.mkdir(parents=True, exist_ok=True)
-        write_jpeg(picture, str(flags.picture), quality=90)
-    print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {flags.picture}")
+    path = (flags.output_dir or Path()) / flags.picture
+    predict.write_picture(picture, path)
+    print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {path}")
 
 
 def read_boxes(
@@ -218,13 +216,12 @@ def draw_step(step: str, argv: list[str]) -> None:
         figure = method.draw_pipeline(image, boxes, scene)
     else:
         figure = getattr(method, f"draw_{step}")(scene)
-    with utils.file_errors("write", flags.picture):
-        flags.picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(flags.picture)
-    print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {flags.picture}")
+    path = (flags.output_dir or Path()) / flags.picture
+    drawing.save(figure, path)
+    print(f"{len(boxes)} boxes, {len(scene.anchors):,} anchors: {path}")
     if model is not None:
-        path = flags.picture.with_stem(f"{flags.picture.stem}_detections")
-        method.draw_detections(model, image, label_map).savefig(path)
+        path = path.with_stem(f"{path.stem}_detections")
+        drawing.save(method.draw_detections(model, image, label_map), path)
         print(f"from scores to detections: {path}")
 
 

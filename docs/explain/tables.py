@@ -98,9 +98,9 @@ def _rounding(zh: bool) -> list[list[str]]:
 
 
 def _gpus(zh: bool) -> list[list[str]]:
-    each, rate, batch = facts.RECIPE.batch_size, facts.RECIPE.lr, facts.RECIPE_BATCH
+    rate, batch = facts.RECIPE.lr, facts.RECIPE_BATCH
     rows = []
-    for gpus in (8, 4, 2, 1):
+    for gpus, each in ((8, 2), (4, 4), (2, 8), (1, 16), (1, 8), (1, 2)):
         steps = batch // (each * gpus)
         scaled = rate * each * gpus / batch
         rows.append([f"{v:g}" for v in (gpus, each, steps, each * gpus * steps, rate, scaled)])

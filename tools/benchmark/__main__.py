@@ -1,8 +1,9 @@
 """Measure this project side by side with torchvision's own parts: `python -m tools.benchmark step`.
 
-`data` is start-up and memory, `loader` images per second, `step` the training step, `eval` COCO
-scoring. Both sides run in turn on one machine; the table shows medians, their ratio (above 1 ours
-is the better) with the least and the largest of a pair, and the budget.
+`data` is start-up and memory, `loader` images per second, `step` the training step, `memory` its
+memory by batch size (ours only, calculated), `eval` COCO scoring. Both sides run in turn on one
+machine; the table shows medians, their ratio (above 1 ours is the better) with the least and the
+largest of a pair, and the budget.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tools.benchmark import data as benchmark_data
 from tools.benchmark import eval as benchmark_eval
 from tools.benchmark import loader as benchmark_loader
 from tools.benchmark import measuring
+from tools.benchmark import memory as benchmark_memory
 from tools.benchmark import step as benchmark_step
 from tools.benchmark.measuring import Row
 from tools.plots import drawing
@@ -29,6 +31,7 @@ SUBCOMMANDS = {
     "data": benchmark_data,
     "loader": benchmark_loader,
     "step": benchmark_step,
+    "memory": benchmark_memory,
     "eval": benchmark_eval,
 }
 COLOURS = {True: "#009E73", False: "#D55E00", None: "#56B4E9"}  # Okabe and Ito's
@@ -110,7 +113,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times better than torchvision's own parts (logarithmic)")
     axes.set_title(title, loc="left")
-    figure.savefig(path)
+    drawing.save(figure, path)
 
 
 def build_parser() -> argparse.ArgumentParser:

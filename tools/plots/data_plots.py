@@ -61,7 +61,7 @@ def draw_page(
         + ", ".join(f"{len(a):,} {s.name} images, {len(a.ids):,} boxes" for s, a in splits),
         fontsize=15,
     )
-    figure.savefig(path)
+    drawing.save(figure, path)
 
 
 def _draw_classes(axes: Any, splits: Sequence[tuple[Any, Annotations]]) -> None:

@@ -10,6 +10,7 @@ import colorsys
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from coco_utils import CocoDetection
 from data.coco_arrays import Annotations
-from utils import printable
+from utils import UserError, file_errors, make_folder, printable
 
 matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -94,6 +95,19 @@ def on_white(colour: str) -> str:
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure; width and height in hundreds of pixels."""
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure, as the kind of picture that its name ends in; create its folder.
+
+    Raises:
+        UserError: if the name has another end, or the file cannot be written.
+    """
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".svg", ".pdf"):
+        raise UserError(f"cannot draw {path}: end its name in .png, .jpg, .svg or .pdf")
+    make_folder(path.parent)
+    with file_errors("write", path):
+        figure.savefig(path)
 
 
 # --- text -----------------------------------------------------------------------------------------
