@@ -47,17 +47,18 @@ def detection_rows(settings: Settings, batch_size: int, candidates: int, repeats
     whole = [functools.partial(detect, side, batch) for side in (ours, theirs)]
     last_steps = decoding_of_both(ours, theirs, batch)
     _check_equal(*(function() for function in last_steps))
+    calls, waits = zip(*(count(function, ours.device) for function in whole), strict=True)
     speeds, times = (
         measuring.in_turn([step.synchronized(f, ours.device) for f in functions], repeats, rate)
         for functions, rate in ((whole, batch_size), (last_steps, None))
     )
     milliseconds = [[1e3 * seconds / batch_size for seconds in side] for side in times]
-    waits = [count_waits(function, ours.device) for function in whole]
     name = f"detection, {settings.dtype}, batch {batch_size}, theirs fp32"
     per_image = [waits[0] / batch_size], [waits[1] / batch_size]
     return [
         Row(name, "images/s", speeds[0], speeds[1], more_is_better=True, budget=1.3),
         Row("decoding and NMS of the same outputs", "ms", milliseconds[0], milliseconds[1]),
+        Row("operator calls of a detection", "a batch", [calls[0]], [calls[1]]),
         Row("host waits of a detection", "a batch", [waits[0]], [waits[1]]),
         Row("host waits of a detection, per image", "an image", per_image[0], per_image[1]),
     ]
@@ -127,13 +128,12 @@ class _CountCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_waits(function: Callable[[], Any], device: torch.device) -> int:
-    """Count for what the host waits; on a CPU for what it would wait with a GPU."""
-    if device.type == "cuda":
-        return step.cuda_waits(function)
-    # A GPU calls NMS once per image, a CPU with many boxes once per class.
-    as_on_cuda = mock.patch.object(
-        boxes, "_batched_nms_vanilla", boxes._batched_nms_coordinate_trick
-    )
-    with _CountCopies() as copies, as_on_cuda:
-        return step.count(function)["waits"] + copies.count
+def count(function: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """Count operator calls, and for what the host waits; on a CPU, what a GPU would wait for."""
+    # CUDA calls NMS once per image, a CPU with many boxes once per class.
+    of_cuda = boxes._batched_nms_coordinate_trick
+    with _CountCopies() as copies, mock.patch.object(boxes, "_batched_nms_vanilla", of_cuda):
+        counts = step.count(function)
+    is_cuda = device.type == "cuda"
+    waits = step.cuda_waits(function) if is_cuda else counts["waits"] + copies.count
+    return counts["all"], waits
