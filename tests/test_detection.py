@@ -5,6 +5,7 @@ The oracle is torchvision's own `RetinaNet.postprocess_detections`, on the same 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ import torchvision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from models import retinanet
 
@@ -137,3 +139,43 @@ def test_boxes_scores_labels_and_their_order_are_torchvisions(case: dict[str, An
     ours, theirs = both(num_classes, **case)
     expected = theirs_of(theirs, outputs, anchors, feature_sizes, image_sizes)
     assert_equal(ours.detect(outputs, anchors, feature_sizes, image_sizes), expected)
+
+
+def test_one_nms_for_the_batch_in_float64_would_decide_differently() -> None:
+    # Why NMS stays as it is: an IoU of 1/3 is over the threshold 1/3 when it is rounded to fp32.
+    boxes = torch.tensor([[0.0, 0, 2, 1], [1.0, 0, 3, 1]])
+    scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 0])
+    assert batched_nms(boxes, scores, labels, 1 / 3).tolist() == [0]
+    assert batched_nms(boxes.double(), scores.double(), labels, 1 / 3).tolist() == [0, 1]
+
+
+def test_detections_carry_gradients() -> None:
+    outputs, anchors = make_outputs(0, [(4, 4)], 1, 3, 0, 0.1)
+    for output in outputs.values():
+        output.requires_grad_()
+    model, _ = both(3)
+    (detections,) = model.detect(outputs, anchors, [(4, 4)], [(64, 64)])
+    (detections["boxes"].sum() + detections["scores"].sum()).backward()
+    assert all(output.grad.abs().sum() > 0 for output in outputs.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_detects_the_same_and_waits_once_for_a_batch_and_in_nms() -> None:
+    feature_sizes, image_sizes = MANY["feature_sizes"], MANY["image_sizes"]
+    outputs, anchors = make_outputs(0, feature_sizes, len(image_sizes), 33, 0, 0.1)
+    outputs, anchors = {k: v.cuda() for k, v in outputs.items()}, anchors.cuda()
+    ours, theirs = both(33)
+    expected = theirs_of(theirs, outputs, anchors, feature_sizes, image_sizes)
+    assert_equal(ours.detect(outputs, anchors, feature_sizes, image_sizes), expected)
+    nothing, _ = both(33, score_thresh=1.0)
+    nothing.detect(outputs, anchors, feature_sizes, image_sizes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            ours.detect(outputs, anchors, feature_sizes, image_sizes)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing" in str(warning.message) for warning in caught)
+    assert waits <= 1 + 3 * len(image_sizes)  # NMS: a number that it copies, and its own
