@@ -51,7 +51,7 @@ class FoldedConv2d(nn.Conv2d):
     # Class attributes until the first pass, for an nn.Conv2d becomes this class.
     constants: Constants
     sources: tuple[Tensor, ...] = ()
-    versions: list[int] | None = None
+    versions: list[float] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name for it
         """Map `[N, C, H, W]` to `[N, C', H', W']`, normalised."""
@@ -72,7 +72,8 @@ class FoldedConv2d(nn.Conv2d):
         (norm,) = self.norm
         sources = (norm.weight, norm.bias, norm.running_mean, norm.running_var, self.weight)
         # A trained weight changes in every step, and only the frozen ones are in the result.
-        versions = [source._version for source in sources[: 5 - self.weight.requires_grad]]
+        counted = sources[: 5 - self.weight.requires_grad]
+        versions = [norm.eps, *(source._version for source in counted)]
         is_same = versions == self.versions and all(map(operator.is_, sources, self.sources))
         if not is_same:
             # Tensors made in inference mode could not be used to train.

@@ -398,7 +398,7 @@ def detection_losses(
 
 
 class RetinaNet(torchvision.models.detection.RetinaNet):
-    """torchvision's RetinaNet, its parameters and state dict, with the training path above."""
+    """torchvision's RetinaNet: its parameters and detections, with the training path above."""
 
     options = TrainingOptions()
 
