@@ -31,6 +31,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 from models.box_subnet import sparse_codes
+from models.detection import best_candidates, suppress
 from utils import UserError
 
 BOX_SUBNETS = ("dense", "sparse")
@@ -397,7 +398,7 @@ def detection_losses(
 
 
 class RetinaNet(torchvision.models.detection.RetinaNet):
-    """torchvision's RetinaNet, its parameters and state dict, with the training path above."""
+    """torchvision's RetinaNet: its parameters and detections, with the training path above."""
 
     options = TrainingOptions()
 
@@ -406,33 +407,61 @@ class RetinaNet(torchvision.models.detection.RetinaNet):
 
         Args:
             images: N tensors [3, H_i, W_i] in 0..1; targets: for each `boxes` [M_i, 4], xyxy in
-                absolute pixels and with an area, and `labels` int64 [M_i].
+                absolute pixels and with an area, and `labels` int64 [M_i]. Detection ignores them.
 
         Raises:
             ValueError: in training without targets.
         """
-        if not self.training:
-            return super().forward(images, targets)
-        if targets is None:
+        if self.training and targets is None:
             raise ValueError("training needs targets: pass them, or call eval() first to detect")
-        batch, scaled_targets = self.transform(images, targets)
+        batch, scaled_targets = self.transform(images, targets if self.training else None)
         features = self.backbone(batch.tensors)
         features = [features] if isinstance(features, Tensor) else list(features.values())
+        feature_sizes = tuple(tuple(feature.shape[-2:]) for feature in features)
         anchors = make_anchors(
             self.anchor_generator,
-            tuple(tuple(feature.shape[-2:]) for feature in features),
+            feature_sizes,
             tuple(batch.tensors.shape[-2:]),
             torch.promote_types(features[0].dtype, torch.float32),
             features[0].device,
         )
+        if not self.training:
+            detections = self.detect(self.head(features), anchors, feature_sizes, batch.image_sizes)
+            original_sizes = [tuple(image.shape[-2:]) for image in images]
+            return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
         boxes, labels, matched = self.assign_targets(scaled_targets, anchors)
         outputs = self._head_outputs(features, matched >= 0)
         return self.compute_loss((boxes, labels, matched), outputs, anchors)
 
-    def postprocess_detections(self, head_outputs: Any, anchors: Any, image_shapes: Any) -> Any:
-        """Decode the outputs of each level, lists by name, in fp32 under autocast too."""
-        outputs = {k: [_full_precision(x) for x in levels] for k, levels in head_outputs.items()}
-        return super().postprocess_detections(outputs, anchors, image_shapes)
+    def detect(
+        self,
+        head_outputs: dict[str, Tensor],
+        anchors: Tensor,
+        feature_sizes: Sequence[tuple[int, ...]],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Return the detections of each of N images, best first; see `suppress`.
+
+        Args:
+            head_outputs: logits and codes of the A anchors; box arithmetic is fp32 in any case.
+            feature_sizes: (H, W) of each level; image_sizes: (H, W) of each image without padding.
+        """
+        logits = _full_precision(head_outputs["cls_logits"])
+        num_anchors, num_classes = logits.shape[1:]
+        cells = [height * width for height, width in feature_sizes]
+        level_sizes = [count * (num_anchors // sum(cells)) for count in cells]
+        index, scores, counts = best_candidates(
+            logits, level_sizes, self.score_thresh, self.topk_candidates
+        )
+        row = index // num_classes  # of an anchor of an image
+        codes = _full_precision(head_outputs["bbox_regression"].flatten(0, 1)[row])
+        boxes = decode_boxes(codes, anchors[row % num_anchors])
+        labels = index % num_classes
+        parts = (boxes.split(counts), scores.split(counts), labels.split(counts))
+        return [
+            suppress(b, s, c, image_size, self.nms_thresh, self.detections_per_img)
+            for b, s, c, image_size in zip(*parts, image_sizes, strict=True)
+        ]
 
     def assign_targets(self, targets: list[dict[str, Tensor]], anchors: Tensor) -> Assigned:
         """Assign each of the anchors [A, 4] to a box of each image, with this model's thresholds.

@@ -65,11 +65,7 @@ class BatchTransform(GeneralizedRCNNTransform):
         image = F.interpolate(image[None], mode="bilinear", align_corners=False, **size)[0]
         if target is None:
             return image, target
-        # In float32, as torchvision divides.
-        ratio_y = float(np.float32(image.shape[-2]) / np.float32(height))
-        ratio_x = float(np.float32(image.shape[-1]) / np.float32(width))
-        x1, y1, x2, y2 = target["boxes"].unbind(1)
-        boxes = torch.stack([x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y], dim=1)
+        boxes = _scale_boxes(target["boxes"], (height, width), tuple(image.shape[-2:]))
         return image, {**target, "boxes": boxes}
 
     def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
@@ -85,6 +81,19 @@ class BatchTransform(GeneralizedRCNNTransform):
         for padded, image in zip(batch, images, strict=True):
             padded[:, : image.shape[1], : image.shape[2]].copy_(image)
         return batch
+
+    def postprocess(
+        self,
+        result: list[dict[str, Tensor]],
+        image_shapes: list[tuple[int, int]],
+        original_image_sizes: list[tuple[int, int]],
+    ) -> list[dict[str, Tensor]]:
+        """Scale the boxes of detections from the resized images to the original ones, in place."""
+        # RCNNs come here in training, too, with detections of no image.
+        sizes = zip(result, image_shapes, original_image_sizes, strict=False)
+        for detections, size, original_size in sizes:
+            detections["boxes"] = _scale_boxes(detections["boxes"], size, original_size)
+        return result
 
     def resized_sizes(self, sizes: np.ndarray) -> np.ndarray:
         """Return the size (H, W) of each image after inference resized it, `[I, 2]`."""
@@ -139,6 +148,14 @@ def memory_errors(model: nn.Module, batches_per_step: int, is_mixed: bool) -> It
 def _describe(batch: tuple[int, int, int]) -> str:
     number, height, width = batch
     return f"{number} image{'s' if number > 1 else ''} of {height} x {width} pixels"
+
+
+def _scale_boxes(boxes: Tensor, size: tuple[int, ...], new_size: tuple[int, ...]) -> Tensor:
+    """Scale boxes [M, 4], xyxy, of an image of `size` (H, W) to those of `new_size`."""
+    # In float32, as torchvision divides.
+    ratio_y, ratio_x = (float(np.float32(new_size[i]) / np.float32(size[i])) for i in (0, 1))
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack([x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y], dim=1)
 
 
 def _scale(height: int, width: int, shorter: int, longest: int) -> float:

@@ -21,6 +21,7 @@ from data.coco_json import read_annotations
 from models import retinanet
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import data as benchmark_data
+from tools.benchmark import detection as benchmark_detection
 from tools.benchmark import eval as benchmark_eval
 from tools.benchmark import loader as benchmark_loader
 from tools.benchmark import memory as benchmark_memory
@@ -299,12 +300,40 @@ def test_the_table_of_the_docs_is_calculated() -> None:
 # --- eval -----------------------------------------------------------------------------------------
 
 
-def test_eval_compares_all_twelve_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_compares_detections_and_all_twelve_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     flags = ("--images", "30", "--classes", "5", "--detections", "20", "--repeats", "1")
+    flags += ("--device", "cpu", "--model", "retinanet_resnet18_fpn", "--min-size", "64")
+    flags += ("--max-size", "96", "--batch-size", "2", "--candidates", "2000")
     rows = rows_of("eval", *flags, capsys=capsys)
     equal = rows["numbers equal to the last bit"]
     assert equal["ours"] == equal["torchvision"] == 12 and equal["met"]
     assert rows["scoring 30 images, 5 classes"]["torchvision"] > 0
+    assert rows["detection, fp32, batch 2, theirs fp32"]["ours"] > 0
+    assert rows["decoding and NMS of the same outputs"]["torchvision"] > 0
+    assert rows["operator calls of a detection"]["ratio"] > 1.5
+    waits = rows["host waits of a detection"]
+    # Of a batch the counts, of an image NMS and a number that it copies. torchvision's of an image:
+    # mean and deviation; of a level two lists of indices, two numbers; those of NMS; four sizes.
+    assert (waits["ours"], waits["torchvision"]) == (1 + 2 * 2, 2 * (2 + 5 * 4 + 2 + 4))
+    assert rows["host waits of a detection, per image"]["ours"] == 2.5
+
+
+def test_both_sides_detect_the_asked_number_of_candidates() -> None:
+    settings = benchmark_step.Settings(
+        "retinanet_resnet18_fpn", torch.device("cpu"), "fp32", 64, 96
+    )
+    ours, theirs, (batch,) = benchmark_step.build(settings, 1, 2)
+    ours.model.eval(), theirs.model.eval()
+    benchmark_detection.spread_scores(ours, batch, 150)
+    outputs, _, _ = benchmark_detection.head_outputs(ours, batch)
+    assert abs((outputs["cls_logits"].sigmoid() > 0.05).sum().item() - 300) <= 2
+    found, expected = (
+        function() for function in benchmark_detection.decoding_of_both(ours, theirs, batch)
+    )
+    for mine, other in zip(found, expected, strict=True):
+        assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
 def test_generated_detections_score_neither_nothing_nor_all() -> None:

@@ -73,13 +73,20 @@ def test_every_frozen_normalisation_is_folded_and_training_is_the_same(name: str
         assert (actual[key] - value).abs().max() <= 1e-9 * value.abs().max(), key
 
 
+@pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_inference_and_state_dict_are_the_same_to_the_bit(name: str) -> None:
+def test_inference_and_state_dict_are_the_same_to_the_bit(name: str, amp: bool) -> None:
     plain, folded = both(name)
     x = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        expected, actual = plain.eval()(x), folded.eval()(x)
-    assert all(actual[level].equal(expected[level]) for level in expected)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        for model in (plain, folded):
+            model.eval()
+        for _ in range(2):
+            with torch.no_grad():
+                expected, actual = plain(x), folded(x)
+            assert all(actual[level].equal(expected[level]) for level in expected)
+            for model in (plain, folded):
+                next(b for k, b in model.named_buffers() if "running_var" in k).mul_(2)
     assert list(folded.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(folded.state_dict())
     folded.load_state_dict(plain.state_dict())
@@ -144,12 +151,15 @@ def test_folded_weights_are_computed_once_and_after_each_change() -> None:
     with torch.inference_mode():
         folded.train()(x)
     assert_equal("none")
-    for change in ("buffer in place", "state dict", "another dtype", "frozen weight", "unfrozen"):
+    changes = ("buffer in place", "eps", "state dict", "another dtype", "frozen weight", "unfrozen")
+    for change in changes:
         for model in (plain, folded):
             conv, norm = model.body.conv1, model.body.bn1  # type: ignore[union-attr]
             with torch.no_grad():
                 if change == "buffer in place":
                     norm.running_var *= 2
+                elif change == "eps":
+                    norm.eps = 0.5
                 elif change == "state dict":
                     state = {k: v * 1.1 for k, v in model.state_dict().items()}
                     model.load_state_dict(state)
@@ -162,17 +172,33 @@ def test_folded_weights_are_computed_once_and_after_each_change() -> None:
         assert_equal(change)
 
 
+def count(model: nn.Module) -> tuple[int, int]:
+    """Count how often a pass computes scales, and multiplies into new tensors."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        model(torch.randn(1, 3, 64, 64))
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    return counts.get("aten::rsqrt", 0), counts.get("aten::mul", 0)
+
+
+def test_inference_computes_scales_once_and_makes_no_new_tensors_of_them() -> None:
+    _, folded = both("resnet18")
+    folded.eval()
+    with torch.inference_mode():
+        assert count(folded)[0] > 10
+        assert count(folded) == (0, 0)
+
+
+def test_a_model_made_in_inference_mode_detects() -> None:
+    with torch.inference_mode():
+        plain, folded = both("resnet18")
+        x = torch.randn(1, 3, 64, 64)
+        expected, actual = plain.eval()(x), folded.eval()(x)
+    assert all(actual[level].equal(expected[level]) for level in expected)
+
+
 def test_a_step_folds_only_the_weights_that_train() -> None:
     _, folded = both("resnet50")
     folded.train()
-    x = torch.randn(1, 3, 64, 64)
-
-    def count(model: nn.Module) -> tuple[int, int]:
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            model(x)
-        counts = {event.key: event.count for event in profiler.key_averages()}
-        return counts.get("aten::rsqrt", 0), counts.get("aten::mul", 0)
-
     convs = [m for m in folded.modules() if isinstance(m, FoldedConv2d)]
     trained = sum(conv.weight.requires_grad for conv in convs)
     assert count(folded)[0] == len(convs)  # the first step

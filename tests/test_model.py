@@ -308,6 +308,23 @@ def test_the_transform_gives_torchvisions_bits(
     assert all(map(torch.equal, images, before[0])) and all(map(torch.equal, boxes, before[1]))
 
 
+@settings(deadline=None, max_examples=60)
+@given(sizes=st.lists(st.tuples(SIDE, SIDE, SIDE, SIDE), max_size=3), seed=st.integers(0, 1000))
+def test_detections_get_torchvisions_bits_in_the_original_image(
+    sizes: list[tuple[int, int, int, int]], seed: int
+) -> None:
+    base, ours = transforms(min_size=32, max_size=64)
+    generator = torch.Generator().manual_seed(seed)
+    boxes = [torch.rand(i, 4, generator=generator) * 100 for i in range(len(sizes))]
+    resized, original = [size[:2] for size in sizes], [size[2:] for size in sizes]
+    expected, found = (
+        transform.eval().postprocess([{"boxes": b} for b in boxes], resized, original)
+        for transform in (base, ours)
+    )
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine["boxes"], other["boxes"])
+
+
 def test_batches_are_channels_last() -> None:
     _, ours = transforms(min_size=32, max_size=64)
     images, _ = ours([torch.rand(3, 40, 50), torch.rand(3, 50, 40)])

@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from data.splits import data_paths
+from models import retinanet
 from models.build import load_detector
 from runtime import checkpoint
 from runtime.flags import ArgumentParser
@@ -43,7 +45,9 @@ class OneImage(nn.Module):
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
-        # torchvision's own transform can be traced for any image size.
+        # torchvision's own detection and transform can be traced for any image size.
+        if isinstance(detector, retinanet.RetinaNet):
+            detector.__class__ = torchvision.models.detection.RetinaNet
         ours: Any = detector.transform
         detector.transform = GeneralizedRCNNTransform(
             ours.min_size,

@@ -168,7 +168,7 @@ def draw_flow(shapes: Mapping[str, str], numbers: Mapping[str, str]) -> str:
     page.parts.append(
         f'<line x1="20" y1="525" x2="980" y2="525" stroke="{INK}" stroke-dasharray="4 4"/>'
     )
-    text = "detection: the same network, then torchvision's postprocess_detections for each image"
+    text = "detection: the same network, then what torchvision's postprocess_detections does"
     page.text(20, 560, text, 17, "start")
     names = (
         (["sigmoid", f"score > {numbers['score_thresh']}"], "classes", 120),

@@ -1,7 +1,8 @@
-"""COCO scoring of many detections: time, memory, and whether all twelve numbers are equal.
+"""Evaluation: detection, and COCO scoring of many detections.
 
-torchvision's side is pycocotools used plainly: `loadRes` of an array, `COCOeval`. Either side runs
-in a fresh process and scores the same generated boxes, some near to the truth and some anywhere.
+Scoring: time, memory, and whether all twelve numbers are equal. torchvision's side is pycocotools
+used plainly: `loadRes` of an array, `COCOeval`. Either side runs in a fresh process and scores the
+same generated boxes, some near to the truth and some anywhere.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import utils
 from coco_eval import METRICS, CocoEvaluator
 from coco_utils import label_categories
 from data.coco_arrays import Annotations
 from runtime.distributed import Processes
 from runtime.flags import positive
-from tools.benchmark import measuring
+from tools.benchmark import measuring, step
+from tools.benchmark.detection import detection_rows
 from tools.benchmark.measuring import Row
 
 GROWTH = ((50_000, 80), (5_000, 1_203), (50_000, 1_203))  # images; classes of COCO and of LVIS
@@ -30,15 +33,44 @@ GROWTH = ((50_000, 80), (5_000, 1_203), (50_000, 1_203))  # images; classes of C
 
 def add_flags(add: Callable[..., Any]) -> None:
     """Declare the flags of `run`."""
+    add("--device", choices=("cpu", "cuda"), default=utils.default_device(), help="of detection")
+    add("--model", default="retinanet_resnet50_fpn", help="or retinanet_RESNET_fpn")
+    add("--dtype", choices=step.DTYPES, default="fp32", help="of our detection; theirs is fp32")
+    add("--min-size", type=positive(int), default=800, help="shorter side of images, pixels")
+    add("--max-size", type=positive(int), default=1333, help="longer side at most, pixels")
+    add("--batch-size", type=positive(int), default=1, help="images to detect at a time")
+    add("--candidates", type=positive(int), default=7_000, help="over the threshold, per image")
     add("--images", type=positive(int), default=5_000, help="of val2017, with 7.3 boxes each")
     add("--classes", type=positive(int), default=80, help="of COCO")
     add("--detections", type=positive(int), default=100, help="per image")
-    add("--repeats", type=positive(int), default=3, help="of ours; pycocotools runs once")
+    add("--repeats", type=positive(int), default=3, help="of each; pycocotools runs once")
     add("--growth", action="store_true", help="ours with 50,000 images and 1,203 classes as well")
 
 
-def run(images: int, classes: int, detections: int, repeats: int, growth: bool) -> list[Row]:
+def run(
+    device: str,
+    model: str,
+    dtype: str,
+    min_size: int,
+    max_size: int,
+    batch_size: int,
+    candidates: int,
+    images: int,
+    classes: int,
+    detections: int,
+    repeats: int,
+    growth: bool,
+) -> list[Row]:
     """Measure; the flags are those of `add_flags`."""
+    settings = step.Settings(model, torch.device(device), dtype, min_size, max_size)
+    rows = detection_rows(settings, batch_size, candidates, repeats)
+    return rows + scoring_rows(images, classes, detections, repeats, growth)
+
+
+def scoring_rows(
+    images: int, classes: int, detections: int, repeats: int, growth: bool
+) -> list[Row]:
+    """Measure scoring of generated detections."""
     size = (images, classes, detections)
     scored = [measuring.in_fresh_process(score_ours, *size) for _ in range(repeats)]
     expected = measuring.in_fresh_process(score_pycocotools, *size)

@@ -55,6 +55,7 @@ WAITS = (
     "aten::equal",
     "aten::_unique2",
     "aten::bincount",
+    "torchvision::nms",
 )
 DTYPES = ("fp32", "tf32", "bf16")
 # On a CPU the reference scripts run fp32 whatever the flags, on CUDA unless told `--amp` (fp16).
@@ -112,8 +113,6 @@ def run(
     mixed_batches: int,
 ) -> list[Row]:
     """Measure; the flags are those of `add_flags`."""
-    if dtype == "tf32" and device != "cuda":
-        raise UserError("--dtype tf32 is for --device cuda; use fp32 on a CPU")
     if compile:
         if box_subnet == "sparse":
             raise UserError("--box-subnet sparse cannot be compiled; leave out one of the flags")
@@ -133,7 +132,7 @@ def run(
     sides: list[Side] = [ours, theirs]
     if dtype == "bf16":
         sides.append(Torchvision(dataclasses.replace(settings, dtype="fp32")))
-    turns = [_synchronized(functools.partial(side.run, batches), ours.device) for side in sides]
+    turns = [synchronized(functools.partial(side.run, batches), ours.device) for side in sides]
     speeds = measuring.in_turn(turns, repeats, rate=steps)
     images = [[batch_size * speed for speed in side] for side in speeds]
     budget = BUDGETS.get((device, dtype))
@@ -161,6 +160,8 @@ def run(
 
 def build(settings: Settings, steps: int, batch_size: int) -> tuple[Ours, Torchvision, list[Batch]]:
     """Build both sides with the same weights, and the batches of one turn."""
+    if settings.dtype == "tf32" and settings.device.type != "cuda":
+        raise UserError("--dtype tf32 is for --device cuda; use fp32 on a CPU")
     torch.backends.cuda.matmul.allow_tf32 = settings.dtype == "tf32"
     torch.backends.cudnn.allow_tf32 = settings.dtype != "fp32"  # PyTorch's default is True
     torch.manual_seed(0)
@@ -323,7 +324,9 @@ def make_batches(count: int, batch_size: int, device: torch.device) -> list[Batc
     return batches
 
 
-def _synchronized(function: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+def synchronized(function: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """Let a function wait for the device to finish."""
+
     def call() -> None:
         function()
         if device.type == "cuda":
@@ -345,8 +348,8 @@ def count_rows(ours: Ours, theirs: Torchvision, batch: Batch) -> list[Row]:
                 model = count(functools.partial(side.backward, batch))
             whole = count(functools.partial(side.run, [batch]))
             if side.device.type == "cuda":
-                model["waits"] = _cuda_waits(functools.partial(side.backward, batch))
-                whole["waits"] = _cuda_waits(functools.partial(side.run, [batch]))
+                model["waits"] = cuda_waits(functools.partial(side.backward, batch))
+                whole["waits"] = cuda_waits(functools.partial(side.run, [batch]))
             counts.append((model, whole))
     (model, whole), (their_model, their_whole) = counts
 
@@ -401,7 +404,7 @@ def _is_operator(name: str) -> bool:
     return name.startswith(("aten::", "torchvision::"))
 
 
-def _cuda_waits(function: Callable[[], Any]) -> int:
+def cuda_waits(function: Callable[[], Any]) -> int:
     """Count the calls for which the host waits; an event that it waits for is not seen."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
@@ -425,7 +428,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype | None, seconds: float 
     """Return the FLOP/s of this device at the best of several large matrix products."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype or torch.float32) for _ in "ab")
-    product = _synchronized(lambda: a @ b, device)
+    product = synchronized(lambda: a @ b, device)
     (times,) = measuring.in_turn([product], 3)
     (times,) = measuring.in_turn([product], max(3, int(seconds / min(times))))
     return 2 * side**3 / min(times)
