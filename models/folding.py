@@ -1,22 +1,20 @@
-"""Frozen batch normalisation as part of the convolution before it.
+"""Frozen batch normalisation as part of the convolution before it, while a model trains.
 
 A frozen normalisation is a scale and a shift per channel. torchvision's `FrozenBatchNorm2d` applies
-them to the activations, which under autocast also makes these fp32 again. While a model trains, the
-scale goes into the convolution's weights and the shift into its bias, so that the largest tensors
-of a step are written once; results are equal up to rounding. In inference the convolution's output
-is scaled and shifted where it lies, without a new tensor: equal to torchvision to the bit.
-Parameters, buffers and state dict stay the same.
+them to the activations, which under autocast also makes these fp32 again; here the scale goes into
+the convolution's weights and the shift into its bias, so that the largest tensors of a step are
+written once. Parameters, buffers and state dict stay the same, and so does inference, to the bit;
+in training the results are equal up to rounding. In inference the convolution's output is scaled
+and shifted where it lies, without a new tensor, by numbers that are computed once.
 
 What does not change while a layer is frozen is computed once: scale and shift of every layer, and
 the folded weights of layers whose own weights are frozen too. Else a fifth of the backbone's kernel
-launches would compute the same numbers again in every step, and in inference four fifths of those
-of normalisation.
+launches would compute the same numbers again in every step.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,54 +24,33 @@ from torchvision.ops import FrozenBatchNorm2d
 
 # What calls a normalisation right after the convolution that stands before it in its children.
 _IN_ORDER = (nn.Sequential, IntermediateLayerGetter, BasicBlock, Bottleneck)
-
-
-class Constants(NamedTuple):
-    """What a frozen normalisation makes of a convolution with C output channels.
-
-    Attributes:
-        scale: [C, 1, 1, 1], of the weights in training and of the output in inference.
-        shift: [C, 1, 1], of the output in inference, to the bit as torchvision computes it.
-        bias: [C], the shift in training.
-        weight: the folded weights, if the convolution is frozen too.
-    """
-
-    scale: Tensor
-    shift: Tensor
-    bias: Tensor
-    weight: Tensor | None
+# Scale [C', 1, 1, 1] and shift [C'] of a normalisation; the folded weights of a frozen convolution.
+Constants = tuple[Tensor, Tensor, Tensor | None]
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution that applies its frozen normalisation as well."""
+    """A convolution that applies its frozen normalisation as well while it trains."""
 
     norm: tuple[FrozenBatchNorm2d]  # in a tuple, as its buffers already have a place in the model
-    # Class attributes until the first pass, for an nn.Conv2d becomes this class.
+    # Class attributes until the first training step, for an nn.Conv2d becomes this class.
     constants: Constants
     sources: tuple[Tensor, ...] = ()
-    versions: list[float] | None = None
+    versions: list[int] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d's name for it
-        """Map `[N, C, H, W]` to `[N, C', H', W']`, normalised."""
-        # Tensors made in inference mode do not count their versions.
-        is_cached = not (torch.compiler.is_compiling() or self.norm[0].weight.is_inference())
-        constants = self._cached_constants() if is_cached else _constants(self)
-        scale, shift, bias, weight = constants
-        if self.training:
-            weight = self.weight * scale if weight is None else weight
-            return self._conv_forward(input, weight, bias)
-        output, scale = super().forward(input), scale.squeeze(1)
-        # Under autocast the scale makes it fp32, as in torchvision.
-        scaled = output.mul_(scale) if output.dtype == scale.dtype else output * scale
-        return scaled.add_(shift)
+        """Map `[N, C, H, W]` to `[N, C', H', W']`, normalised in training."""
+        if not self.training:
+            return super().forward(input)
+        constants = _constants(self) if torch.compiler.is_compiling() else self._cached_constants()
+        scale, shift, weight = constants
+        return self._conv_forward(input, self.weight * scale if weight is None else weight, shift)
 
     def _cached_constants(self) -> Constants:
         """Return `_constants`, computed again only after one of its sources changed."""
         (norm,) = self.norm
         sources = (norm.weight, norm.bias, norm.running_mean, norm.running_var, self.weight)
         # A trained weight changes in every step, and only the frozen ones are in the result.
-        counted = sources[: 5 - self.weight.requires_grad]
-        versions = [norm.eps, *(source._version for source in counted)]
+        versions = [source._version for source in sources[: 5 - self.weight.requires_grad]]
         is_same = versions == self.versions and all(map(operator.is_, sources, self.sources))
         if not is_same:
             # Tensors made in inference mode could not be used to train.
@@ -86,23 +63,47 @@ class FoldedConv2d(nn.Conv2d):
 def _constants(conv: FoldedConv2d) -> Constants:
     (norm,) = conv.norm
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    bias = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
-    shift = norm.bias - norm.running_mean * scale  # not rounded as the bias is
+    shift = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
     scale = scale.view(-1, 1, 1, 1)
-    weight = None if conv.weight.requires_grad else conv.weight * scale
-    return Constants(scale, shift.view(-1, 1, 1), bias, weight)
+    return scale, shift, None if conv.weight.requires_grad else conv.weight * scale
 
 
 class FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
-    """A frozen normalisation that a `FoldedConv2d` does."""
+    """A frozen normalisation that a `FoldedConv2d` does in training."""
+
+    # Class attributes until the first pass in inference.
+    constants: tuple[Tensor, Tensor]
+    sources: tuple[Tensor, ...] = ()
+    versions: tuple[float, ...] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `[N, C, H, W]` as it comes, normalised."""
-        return x
+        """Normalise `[N, C, H, W]` for inference, in place; in training it comes normalised."""
+        if self.training:
+            return x
+        # Tensors made in inference mode do not count their versions.
+        if torch.compiler.is_compiling() or self.weight.is_inference():
+            return super().forward(x)
+        scale, shift = self._scale_and_shift()
+        # Under autocast the scale makes it fp32, as in torchvision.
+        scaled = x.mul_(scale) if x.dtype == scale.dtype else x * scale
+        return scaled.add_(shift)
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """Return both as `[C, 1, 1]`, to the bit as torchvision computes them in every pass."""
+        sources = (self.weight, self.bias, self.running_mean, self.running_var)
+        versions = (self.eps, *(source._version for source in sources))
+        is_same = versions == self.versions and all(map(operator.is_, sources, self.sources))
+        if not is_same:
+            with torch.inference_mode(False), torch.no_grad():
+                scale = self.weight * (self.running_var + self.eps).rsqrt()
+                shift = self.bias - self.running_mean * scale
+                self.constants = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+            self.versions, self.sources = versions, sources
+        return self.constants
 
 
 def fold_frozen_batch_norm(model: nn.Module) -> None:
-    """Let the convolutions of `model` do its frozen normalisations, in place."""
+    """Let the convolutions of `model` do its frozen normalisations in training, in place."""
     for parent in list(model.modules()):
         if not isinstance(parent, _IN_ORDER):
             continue
