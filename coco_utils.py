@@ -22,6 +22,8 @@ from torchvision import tv_tensors
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.transforms import v2
 
+import presets
+from data.checks import require_boxes
 from data.coco_arrays import Annotations, clip, has_extent, to_xyxy
 from data.coco_rules import Finding, finding, require_no_errors
 from data.image_files import ImageError, read_image
@@ -138,6 +140,27 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         self.root, self.annotations, self.label_map = root, annotations, label_map
         self.transforms, self.seed = transforms, seed
         self.keep = np.arange(len(annotations)) if keep is None else keep
+
+    @classmethod
+    def for_training(
+        cls,
+        root: Path,
+        annotations: Annotations,
+        label_map: Any,
+        policy: str,
+        seed: int,
+        empty: bool,
+    ) -> CocoDetection:
+        """Build the training data: a policy of presets.py, and images without boxes if `empty`.
+
+        Raises:
+            UserError: if there is no box to train on, and without `empty`.
+        """
+        if not empty:
+            require_boxes(annotations)
+        keep = None if empty else annotations.images_with_objects()
+        transforms = presets.training_transforms(policy)
+        return cls(root, annotations, label_map, transforms, seed, keep)
 
     def __len__(self) -> int:
         return len(self.keep)

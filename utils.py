@@ -18,6 +18,7 @@ import platform
 import re
 import signal
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -26,6 +27,7 @@ from typing import IO, Any, TextIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 logger = logging.getLogger("retinanet")
@@ -185,20 +187,45 @@ class PrintableFormatter(logging.Formatter):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Call the `main` of a command and exit with its status.
+    """Call the `main` of a command, and exit with its status; of train.py in each process.
 
-    A `UserError` is printed as one message. Ctrl-C ends the command and its worker processes.
+    A `UserError` is printed as one message, any other error with its traceback. An error or Ctrl-C
+    also ends the worker processes.
     """
     mend_streams()
+    status: int | None = 1
     try:
-        sys.exit(main())
+        status = main()
     except KeyboardInterrupt:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        status = 128 + signal.SIGINT
         print("error: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        sys.exit(printable(f"error: {error}", keep="\n"))
+        rank = os.environ.get("RANK", "0")
+        # All processes see the same flags and data: rank 0 prints. A LocalError is one process's.
+        if not rank.isdecimal() or int(rank) == 0 or isinstance(error, LocalError):
+            text = str(error).strip()
+            if "Original Traceback" in text:  # raised in a DataLoader worker
+                text = text.splitlines()[-1].split(": ", 1)[-1]
+            print(printable(f"error: {text}", keep="\n"), file=sys.stderr)
+    except Exception as error:
+        traceback.print_exception(error)
+    finally:
+        kill_workers()
+    if status and dist.is_available() and dist.is_initialized():
+        # A normal exit of Python would leave NCCL's process group, and wait there for operations
+        # that the other processes never join.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def kill_workers() -> None:
+    """End the worker processes of this one; those of a DataLoader ignore Python's SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader complains of their death
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @contextmanager
@@ -244,10 +271,11 @@ def rename(temporary: Path, path: Path) -> None:
         raise
 
 
-def load_tensors(path: Path, source: str) -> dict[str, Any]:
+def load_tensors(path: Path, source: str, mmap: bool = False) -> dict[str, Any]:
     """Read a file of tensors and plain types to the CPU; `source` names it in messages.
 
-    The `argparse.Namespace` in a checkpoint of torchvision's scripts becomes a dict.
+    With `mmap`, a tensor is read when it is used. The `argparse.Namespace` in a checkpoint of
+    torchvision's scripts becomes a dict.
 
     Raises:
         UserError: if it is damaged or of another kind.
@@ -255,7 +283,7 @@ def load_tensors(path: Path, source: str) -> dict[str, Any]:
     try:
         # A Namespace takes attributes and runs no code, so it is as safe as a dict.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # any bytes can be in the file, and raise anything
         # Its first lines are advice to load the file without safety.
         match = re.search(r"WeightsUnpickler error: (.*)", str(error))

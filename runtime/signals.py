@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,9 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from utils import STOP_SIGNALS, logger
+from utils import STOP_SIGNALS, kill_workers, logger
 
 LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is gone
 # One press of Ctrl-C reaches a process twice, from the terminal and from torchrun.
@@ -73,23 +70,10 @@ def _log_in_thread(level: int, *message: Any) -> threading.Thread:
 
 
 def _end_at_once(number: int) -> None:
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    kill_workers()
     text = "a second %s: ended at once; --resume auto resumes from the last save"
     _log_in_thread(logging.WARNING, text, signal.Signals(number).name).join(1.0)
     os._exit(128 + number)
-
-
-def end_failed() -> None:
-    """End this process after its exception was printed, if it is one of several.
-
-    A normal exit of Python would leave NCCL's process group, and wait there for operations that
-    the others never join.
-    """
-    if dist.is_available() and dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(1)
 
 
 def follow_launcher() -> None:

@@ -30,7 +30,7 @@ import train as train_script
 import utils
 from data import coco_arrays, coco_json, worker_processes
 from data.loading import make_loader
-from data.worker_processes import kill_workers, worker_errors
+from data.worker_processes import worker_errors
 from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups
 from models.build import build_model
 from runtime import checkpoint, progress, resuming
@@ -273,7 +273,7 @@ def test_a_loader_worker_that_hangs_ends_the_run_with_a_message(
                 next(iter(loader))
     finally:
         (worker,) = multiprocessing.active_children()
-        kill_workers()
+        utils.kill_workers()
     worker.join(5)
     assert worker.exitcode == -signal.SIGKILL
 
