@@ -1,4 +1,4 @@
-"""Logging, seeds, safe files and user errors, for every script."""
+"""User errors, seeds and safe files, for every script."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import errno
 import fcntl
 import io
 import logging
+import math
 import multiprocessing
 import os
 import platform
@@ -23,17 +24,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 logger = logging.getLogger("retinanet")
 
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds, and in how many
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -46,25 +47,6 @@ class UserError(Exception):
 
 class LocalError(UserError):
     """A UserError that may occur in only one process, so each process prints it."""
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Return whether `stream` is a terminal, wide enough for a progress bar."""
-    try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= 40
-    except (OSError, ValueError):
-        return False
-
-
-class TerminalHandler(logging.StreamHandler):
-    """Logs to a terminal above the progress bar, which replaces the lines of figures."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record above the bar, unless the bar shows it."""
-        if getattr(record, "is_on_bar", False):
-            return
-        with suppress(OSError):  # the terminal was closed; the run goes on
-            tqdm.write(self.format(record), file=self.stream)
 
 
 class _QuietFile(io.FileIO):
@@ -105,25 +87,16 @@ def mend_streams() -> None:
             setattr(sys, name, quiet)
 
 
-def set_up_logging(rank: int, log_file: Path | None = None) -> None:
-    """Send the log to standard output and, if not None, to `log_file`; other ranks only warn."""
-    terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
-    handlers: list[logging.Handler] = [terminal(sys.stdout)]
-    if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
-    layout = f"%(asctime)s [rank {rank}] %(message)s" if rank else "%(asctime)s %(message)s"
-    for handler in handlers:
-        handler.setFormatter(PrintableFormatter(layout, "%H:%M:%S"))
-    logger.handlers = handlers
-    logger.propagate = False
-    logger.setLevel(logging.WARNING if rank else logging.INFO)
-
-
 def usable_cores() -> int:
     """Return how many cores this process may use; the machine may have more."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    # The quota of a container, such as "150000 100000"; "max 100000" is none.
+    with suppress(OSError, ValueError):
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return cores
 
 
 def default_device() -> str:
@@ -176,14 +149,6 @@ def printable(text: str, keep: str = "") -> str:
         keep: characters that are left as they are.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
-
-
-class PrintableFormatter(logging.Formatter):
-    """Formats a record without control characters; line breaks stay, for tables."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as safe text."""
-        return printable(super().format(record), keep="\n\t")
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -56,6 +56,14 @@ class Processes:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
+    def gather(self, value: T) -> list[T] | None:
+        """Return the `value` of every process, by rank, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values: Any = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Return on every process what `action` returns on rank 0.
 

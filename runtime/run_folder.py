@@ -37,7 +37,7 @@ def open_folder(
     Raises:
         UserError: if the folder holds a run that `resume` does not continue, or is being written.
     """
-    utils.set_up_logging(processes.rank)
+    progress.set_up_logging(processes.rank)
     if test_only:
         return Path(resume) if resume else None
 
@@ -45,7 +45,7 @@ def open_folder(
         with file_errors("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(utils.lock_folder(folder))
-            utils.set_up_logging(0, folder / "log.txt")
+            progress.set_up_logging(0, folder / "log.txt")
             if resume == "auto":
                 checkpoint.remove_leftovers(folder)
                 return checkpoint.newest(folder)
