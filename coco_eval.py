@@ -126,11 +126,11 @@ class CocoEvaluator:
             an image in the order of the model.
 
         Raises:
-            UserError: on rank 0, if a number is not finite: NaN overlaps whatever it meets.
+            UserError: on rank 0, if a number is not finite: NaN overlaps any box.
         """
         rows = gather_rows(np.concatenate(self.rows or [np.empty((0, 7))]), processes)
         if rows is not None:
-            self.require_finite(rows, "boxes or scores found")
+            self.require_finite(rows, "boxes or scores")
         return rows
 
     def require_finite(self, rows: np.ndarray, what: str) -> None:

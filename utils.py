@@ -188,8 +188,8 @@ def run_command(main: Callable[[], int | None]) -> None:
 
 def kill_workers() -> None:
     """End the worker processes of this one; those of a DataLoader ignore Python's SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader complains of their death
     for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader complains of its death
         worker.kill()
 
 

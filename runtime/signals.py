@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from utils import STOP_SIGNALS, kill_workers, logger
+from utils import STOP_SIGNALS, logger
 
 LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is gone
 # One press of Ctrl-C reaches a process twice, from the terminal and from torchrun.
@@ -70,7 +71,8 @@ def _log_in_thread(level: int, *message: Any) -> threading.Thread:
 
 
 def _end_at_once(number: int) -> None:
-    kill_workers()
+    for worker in multiprocessing.active_children():
+        worker.kill()
     text = "a second %s: ended at once; --resume auto resumes from the last save"
     _log_in_thread(logging.WARNING, text, signal.Signals(number).name).join(1.0)
     os._exit(128 + number)
