@@ -22,7 +22,6 @@ from torchvision import tv_tensors
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.transforms import v2
 
-import presets
 from data.checks import require_boxes
 from data.coco_arrays import Annotations, clip, has_extent, to_xyxy
 from data.coco_rules import Finding, finding, require_no_errors
@@ -92,6 +91,18 @@ def match_classes(
         logger.warning("%s: %s", annotations.path.name, warning)
 
 
+def trained_images(annotations: Annotations, keep_empty: bool) -> np.ndarray | None:
+    """Return the numbers of the images with boxes; None, which is all, with `keep_empty`.
+
+    Raises:
+        UserError: if there is no box to train on.
+    """
+    if keep_empty:
+        return None
+    require_boxes(annotations)
+    return annotations.images_with_objects()
+
+
 @dataclass(frozen=True)
 class Entry:
     """The annotations of one image, which are all that a loader worker gets.
@@ -140,27 +151,6 @@ class CocoDetection(Dataset[tuple[torch.Tensor, dict[str, torch.Tensor]]]):
         self.root, self.annotations, self.label_map = root, annotations, label_map
         self.transforms, self.seed = transforms, seed
         self.keep = np.arange(len(annotations)) if keep is None else keep
-
-    @classmethod
-    def for_training(
-        cls,
-        root: Path,
-        annotations: Annotations,
-        label_map: Any,
-        policy: str,
-        seed: int,
-        empty: bool,
-    ) -> CocoDetection:
-        """Build the training data: a policy of presets.py, and images without boxes if `empty`.
-
-        Raises:
-            UserError: if there is no box to train on, and without `empty`.
-        """
-        if not empty:
-            require_boxes(annotations)
-        keep = None if empty else annotations.images_with_objects()
-        transforms = presets.training_transforms(policy)
-        return cls(root, annotations, label_map, transforms, seed, keep)
 
     def __len__(self) -> int:
         return len(self.keep)

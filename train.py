@@ -22,7 +22,7 @@ from torch import nn
 import engine
 import presets
 import utils
-from coco_utils import CocoDetection, label_categories, match_classes, with_classes
+from coco_utils import CocoDetection, label_categories, match_classes, trained_images, with_classes
 from data.checks import require_pixels
 from data.coco_arrays import Annotations, differences
 from data.loading import make_loader
@@ -214,9 +214,9 @@ def read_data(
     val_set = CocoDetection(paths["val_images"], val, label_map)
     if args.test_only:
         return val_set, val_set
-    policy, seed, empty = args.data_augmentation, args.seed, args.keep_empty
-    folder = paths["train_images"]
-    return val_set, CocoDetection.for_training(folder, train, label_map, policy, seed, empty)
+    keep, folder = trained_images(train, args.keep_empty), paths["train_images"]
+    transforms = presets.training_transforms(args.data_augmentation)
+    return val_set, CocoDetection(folder, train, label_map, transforms, args.seed, keep)
 
 
 def evaluate_only(

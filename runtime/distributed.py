@@ -203,7 +203,7 @@ def _check_launch() -> tuple[int, int, int | None]:
     problems = [
         f"{name}={text} in the environment is no number from {ranges[name].start} on"
         for name, text in texts.items()
-        if numbers.get(name) not in ranges[name]
+        if numbers.get(name, -1) not in ranges[name]  # None would be compared with each number
     ]
     present = " ".join(f"{name}={text}" for name, text in texts.items())
     problems += [

@@ -120,9 +120,10 @@ def draw_batch(argv: list[str]) -> None:
     paths = anchor_fit.paths_of(flags)
     (annotations,) = read_splits(paths, ["train"])
     label_map, policy = coco_utils.label_categories(annotations.categories), flags.data_augmentation
-    data = coco_utils.CocoDetection.for_training(
-        paths["train_images"], annotations, label_map, policy, flags.seed, flags.keep_empty
-    )
+    keep = coco_utils.trained_images(annotations, flags.keep_empty)
+    transforms = presets.training_transforms(policy)
+    folder = paths["train_images"]
+    data = coco_utils.CocoDetection(folder, annotations, label_map, transforms, flags.seed, keep)
     groups, factors = groups_and_factors(
         data, policy, flags.aspect_ratio_group_factor, flags.repeat_threshold
     )
