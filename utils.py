@@ -160,7 +160,10 @@ def run_command(main: Callable[[], int | None]) -> None:
     mend_streams()
     status: int | None = 1
     try:
-        status = main()
+        try:
+            status = main()
+        finally:  # while the exception holds the loader, which would wait for its workers
+            kill_workers()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
         print("error: interrupted", file=sys.stderr)
@@ -174,8 +177,6 @@ def run_command(main: Callable[[], int | None]) -> None:
             print(printable(f"error: {text}", keep="\n"), file=sys.stderr)
     except Exception as error:
         traceback.print_exception(error)
-    finally:
-        kill_workers()
     if status and dist.is_available() and dist.is_initialized():
         # A normal exit of Python would leave NCCL's process group, and wait there for operations
         # that the other processes never join.

@@ -64,24 +64,21 @@ def set_up_logging(rank: int, log_file: Path | None = None) -> None:
 
 
 class Progress:
-    """Shows the progress of a run on rank 0: steps, rate, and the time left.
+    """Shows the progress of a run: steps, rate, and the time left. Only rank 0 calls it.
 
     Args:
         steps_per_epoch, epochs: of the run, optimizer steps.
         global_batch: images per optimizer step.
-        is_shown: whether this process shows it.
     """
 
-    def __init__(
-        self, steps_per_epoch: int, epochs: int, global_batch: int, is_shown: bool = True
-    ) -> None:
+    def __init__(self, steps_per_epoch: int, epochs: int, global_batch: int) -> None:
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
-        self.global_batch, self.is_shown = global_batch, is_shown
+        self.global_batch = global_batch
         self.bar: tqdm[Any] | None = None
 
     def step(self, step: int) -> None:
         """Move the bar to optimizer step `step` of the run, counted from 1."""
-        if not self.is_shown or not is_terminal(sys.stdout):
+        if not is_terminal(sys.stdout):
             return
         epoch, done = divmod(step - 1, self.steps_per_epoch)
         if self.bar is None:
@@ -100,8 +97,6 @@ class Progress:
 
     def line(self, step: int, record: Mapping[str, Any]) -> None:
         """Log a line of figures after optimizer step `step`, with the time left; feed the bar."""
-        if not self.is_shown:
-            return
         left = self.time_left(step, record["images_per_second"])
         shown = {**{name: short(value) for name, value in record.items()}, **left}
         logger.info("  ".join(f"{k} {v}" for k, v in shown.items()), extra={"is_on_bar": True})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,52 +55,47 @@ def open_folder(
     return processes.on_main(claim)
 
 
+@dataclass(eq=False)
 class Run:
     """A training run's folder: its records, its checkpoints, and which epochs are evaluated.
 
-    Args:
+    Attributes:
         settings: the flags, "batches_per_step", and what else identifies the run.
         train_data, val_data: `coco_utils.CocoDetection` each.
         sampler: of the training data, a `GroupedBatchSampler`.
         stack: closes the files that the run opens.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        state: TrainState,
-        processes: Processes,
-        should_stop: StopSignal,
-        settings: Mapping[str, Any],
-        train_data: Any,
-        val_data: Any,
-        sampler: Any,
-        stack: contextlib.ExitStack,
-    ) -> None:
-        self.folder, self.state, self.processes = folder, state, processes
-        self.should_stop, self.sampler = should_stop, sampler
-        self.train_data, self.val_data = train_data, val_data
-        self.settings: dict[str, Any] = {
-            k: str(v) if isinstance(v, Path) else v for k, v in settings.items()
-        }
+    folder: Path
+    state: TrainState
+    processes: Processes
+    should_stop: StopSignal
+    settings: dict[str, Any]
+    train_data: Any
+    val_data: Any
+    sampler: Any
+    stack: contextlib.ExitStack
+
+    def __post_init__(self) -> None:
+        self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in self.settings.items()}
         # The parts of a checkpoint beside the state.
         self.extra: dict[str, Any] = {
             "args": self.settings,
-            "categories": val_data.label_map,
+            "categories": self.val_data.label_map,
             "versions": utils.versions(),
         }
-        if processes.is_main:  # which saves
-            splits = {"data": train_data, "val_data": val_data}
+        if self.processes.is_main:  # which saves
+            splits = {"data": self.train_data, "val_data": self.val_data}
             self.extra["data"] = {k: split.annotations.summary() for k, split in splits.items()}
-        self.global_batch = settings["batch_size"] * settings["batches_per_step"]
+        self.global_batch = self.settings["batch_size"] * self.settings["batches_per_step"]
         self.progress = progress.Progress(
-            sampler.steps_per_epoch, settings["epochs"], self.global_batch, processes.is_main
+            self.sampler.steps_per_epoch, self.settings["epochs"], self.global_batch
         )
         self.lines_seen, self.is_warned = 0, False
         self.board: Board | None = None
-        if settings["tensorboard"] and processes.is_main:
-            self.board = Board(folder / "tensorboard", state.step)
-            stack.callback(self.board.close)
+        if self.settings["tensorboard"] and self.processes.is_main:
+            self.board = Board(self.folder / "tensorboard", self.state.step)
+            self.stack.callback(self.board.close)
 
     @property
     def lr(self) -> float:
