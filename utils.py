@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any
 
@@ -166,6 +167,10 @@ def run_command(main: Callable[[], int | None]) -> None:
             kill_workers()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+        # Else a worker that the server is about to fork fails with a traceback.
+        server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+        if server is not None:
+            os.kill(server, signal.SIGKILL)
         print("error: interrupted", file=sys.stderr)
     except UserError as error:
         rank = os.environ.get("RANK", "0")

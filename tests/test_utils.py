@@ -745,3 +745,26 @@ def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
         utils.run_command(fails)
     assert raised.value.code == 1
     assert capsys.readouterr().err == "error: cat\\x1b[2J\n  second finding\n"
+
+
+INTERRUPTED = """
+import utils
+from data.worker_processes import start_worker_server
+
+def main():
+    start_worker_server("slow")
+    raise KeyboardInterrupt
+
+utils.run_command(main)
+"""
+
+
+def test_ctrl_c_ends_the_server_of_workers_that_still_starts(tmp_path: Path) -> None:
+    # Otherwise a worker that it forks later fails with a traceback below the message.
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(80)\n")  # as the import of PyTorch
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, script]  # whose output stays open as long as the server lives
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
