@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 import hotcoco
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.loss_terms import LOG_PREFIX
 from runtime.distributed import Processes
 from runtime.tables import class_table, error_line
-from utils import UserError, file_errors, logger, replace_file
+from utils import UserError, file_errors, logger, make_folder, replace_file
 
 BACKENDS = ("hotcoco", "pycocotools")
 METRICS = tuple("AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split())
@@ -127,11 +126,11 @@ class CocoEvaluator:
             an image in the order of the model.
 
         Raises:
-            UserError: on rank 0, if a number is not finite: NaN overlaps whatever it meets.
+            UserError: on rank 0, if a number is not finite: NaN overlaps any box.
         """
         rows = gather_rows(np.concatenate(self.rows or [np.empty((0, 7))]), processes)
         if rows is not None:
-            self.require_finite(rows, "boxes or scores found")
+            self.require_finite(rows, "boxes or scores")
         return rows
 
     def require_finite(self, rows: np.ndarray, what: str) -> None:
@@ -166,8 +165,12 @@ class CocoEvaluator:
             "iscrowd": truth.iscrowd.astype(np.int64),
         }
         arrays["ids"] = np.arange(1, len(arrays["area"]) + 1)  # pycocotools loses the id 0
-        build = _with_hotcoco if backend == "hotcoco" else _with_pycocotools
-        evaluation = build(images, categories, arrays, detections)
+        if backend == "hotcoco":
+            ground_truth = hotcoco.COCO.from_arrays(images, categories, **arrays)
+            results = ground_truth.load_res(detections)
+            evaluation = hotcoco.COCOeval(ground_truth, results, "bbox")
+        else:
+            evaluation = _with_pycocotools(images, categories, arrays, detections)
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation.evaluate()
             evaluation.accumulate()
@@ -294,8 +297,8 @@ def write_results(
         description: more entries for `analysis.json`.
     """
     if folder is not None:
-        with file_errors("create", folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        with file_errors("delete files in", folder):
             for name in reversed(FILES):
                 (folder / name).unlink(missing_ok=True)
     if save_detections:
@@ -312,16 +315,6 @@ def write_results(
     replace_file(folder / "analysis.json", json.dumps(content, indent=1) + "\n")
     replace_file(folder / "detections.npy", detections.getvalue())
     replace_file(folder / "results.json", json.dumps(results.metrics, indent=2) + "\n")
-
-
-def _with_hotcoco(
-    images: list[dict[str, Any]],
-    categories: list[dict[str, Any]],
-    truth: dict[str, Any],
-    detections: np.ndarray,
-) -> Any:
-    ground_truth = hotcoco.COCO.from_arrays(images, categories, **truth)
-    return hotcoco.COCOeval(ground_truth, ground_truth.load_res(detections), "bbox")
 
 
 def paired_bootstrap(first: Any, second: Any, resamples: int, seed: int) -> dict[str, Any]:
@@ -347,24 +340,13 @@ def _with_pycocotools(
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    keys = {
-        "id": truth["ids"],
-        "image_id": truth["image_ids"],
-        "category_id": truth["category_ids"],
-        "bbox": truth["boxes"],
-        "area": truth["area"],
-        "iscrowd": truth["iscrowd"],
-    }
-    columns = [column.tolist() for column in keys.values()]
-    annotations = [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+    names = ("image_id", "category_id", "bbox", "area", "iscrowd", "id")  # in the order of `truth`
+    columns = [column.tolist() for column in truth.values()]
+    annotations = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    lists = {"images": images, "categories": categories, "annotations": annotations}
     with contextlib.redirect_stdout(io.StringIO()):
         ground_truth = COCO()
-        ground_truth.dataset = {
-            "images": images,
-            "categories": categories,
-            "annotations": annotations,
-            "info": {},
-        }
+        ground_truth.dataset = {**lists, "info": {}}
         ground_truth.createIndex()
         results = COCO()
         if len(detections):
@@ -380,26 +362,11 @@ def gather_rows(rows: np.ndarray, processes: Processes) -> np.ndarray | None:
 
     They are sorted by their first column, and where that is equal stay as they were.
     """
-    if processes.world_size > 1:
-        rows = _receive_rows(rows, processes)
-    return rows[np.argsort(rows[:, 0], kind="stable")] if processes.is_main else None
-
-
-def _receive_rows(rows: np.ndarray, processes: Processes) -> np.ndarray:
-    """Concatenate every process's rows on rank 0; the others keep theirs."""
-    group, is_main = processes.host_group, processes.is_main
-    counts = torch.zeros(processes.world_size, dtype=torch.int64)
-    counts[processes.rank] = len(rows)
-    dist.all_reduce(counts, group=group)
-    if not is_main:
-        dist.send(torch.from_numpy(rows), dst=0, group=group)
-        return rows
-    parts = [rows]
-    for rank in range(1, processes.world_size):
-        part = torch.empty((int(counts[rank]), rows.shape[1]), dtype=torch.float64)
-        dist.recv(part, src=rank, group=group)
-        parts.append(part.numpy())
-    return np.concatenate(parts)
+    parts = processes.gather(rows)
+    if parts is None:
+        return None
+    rows = np.concatenate(parts)
+    return rows[np.argsort(rows[:, 0], kind="stable")]
 
 
 class ImageLosses:

@@ -22,6 +22,7 @@ from torchvision import tv_tensors
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.transforms import v2
 
+from data.checks import require_boxes
 from data.coco_arrays import Annotations, clip, has_extent, to_xyxy
 from data.coco_rules import Finding, finding, require_no_errors
 from data.image_files import ImageError, read_image
@@ -88,6 +89,18 @@ def match_classes(
     require_no_errors(annotations.path, findings)
     for warning in findings:
         logger.warning("%s: %s", annotations.path.name, warning)
+
+
+def trained_images(annotations: Annotations, keep_empty: bool) -> np.ndarray | None:
+    """Return the numbers of the images with boxes; None, which is all, with `keep_empty`.
+
+    Raises:
+        UserError: if there is no box to train on.
+    """
+    if keep_empty:
+        return None
+    require_boxes(annotations)
+    return annotations.images_with_objects()
 
 
 @dataclass(frozen=True)

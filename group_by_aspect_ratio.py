@@ -16,6 +16,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+import presets
+from coco_utils import CocoDetection
+
 
 def aspect_ratio_groups(sizes: np.ndarray, factor: int) -> np.ndarray:
     """Assign every image to a group of like aspect ratio (width / height).
@@ -63,6 +66,16 @@ def repeat_factors(pairs: np.ndarray, num_images: int, threshold: float) -> np.n
     np.maximum.at(factors, images, of_class[classes])
     extra = math.fsum(factors - 1)  # the same on every platform
     return 1 + (factors - 1) * (round(extra) / extra if extra else 1)
+
+
+def groups_and_factors(
+    data: CocoDetection, policy: str, group_factor: int, repeat_threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `aspect_ratio_groups` and `repeat_factors` of data augmented by a `policy`."""
+    has_one_size = policy in presets.FIXED_SIZE  # then groups gain nothing
+    groups = aspect_ratio_groups(data.sizes(), -1 if has_one_size else group_factor)
+    pairs = data.annotations.classes_in_images(data.keep)
+    return groups, repeat_factors(pairs, len(data), repeat_threshold)
 
 
 def epoch_samples(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import signal
-import sys
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +22,13 @@ from torch import nn
 import engine
 import presets
 import utils
-from coco_utils import CocoDetection, label_categories, match_classes, with_classes
-from data.checks import require_boxes, require_pixels
+from coco_utils import CocoDetection, label_categories, match_classes, trained_images, with_classes
+from data.checks import require_pixels
 from data.coco_arrays import Annotations, differences
 from data.loading import make_loader
 from data.splits import data_paths, read_splits
-from data.worker_processes import kill_workers, start_worker_server, worker_errors
-from group_by_aspect_ratio import (
-    GroupedBatchSampler,
-    aspect_ratio_groups,
-    repeat_factors,
-    same_size_batches,
-)
+from data.worker_processes import start_worker_server, worker_errors
+from group_by_aspect_ratio import GroupedBatchSampler, groups_and_factors, same_size_batches
 from models.averaging import make_ema
 from models.build import build_model, check_model_name
 from models.parallel import wrap
@@ -43,16 +36,15 @@ from models.retinanet import make_anchor_generator
 from models.transform import padded_sizes
 from models.weights import load_trained
 from runtime import checkpoint
-from runtime.distributed import PeerError, join_process_group, launch_rank
-from runtime.flags import LOG, REFUSE
+from runtime.distributed import Processes, join_process_group
 from runtime.optimization import build_optimizer, build_scheduler
 from runtime.options import PATHS, build_parser, check_flags, check_sizes, output_folder, parse_args
 from runtime.resuming import batches_per_step, resume_run
 from runtime.run_folder import Run, open_folder
-from runtime.signals import StopSignal, end_failed, follow_launcher
-from runtime.summary import RECIPE_BATCH, describe_repeats
+from runtime.signals import StopSignal, follow_launcher
+from runtime.summary import RECIPE_BATCH
 from runtime.train_state import TrainState
-from utils import LocalError, UserError, logger
+from utils import logger
 
 MEMORY_FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
@@ -63,54 +55,31 @@ def main(args: argparse.Namespace) -> int:
     check_model_name(args.model)
     make_anchor_generator(args.anchor_sizes, args.anchor_ratios)
     parser = build_parser()
-    with contextlib.ExitStack() as stack:
-        # Processes, output folder, log
-        follow_launcher()
-        if args.workers:
-            start_worker_server("data.loading")
-        utils.set_determinism(args.use_deterministic_algorithms)
-        group = join_process_group(args.device or utils.default_device())
-        processes = stack.enter_context(group)
+    utils.set_determinism(args.use_deterministic_algorithms)
+    with start_processes(args.device, args.workers) as processes, contextlib.ExitStack() as stack:
+        # Stop signals, log, output folder
         device, rank, world_size = processes.device, processes.rank, processes.world_size
-        stack.enter_context(worker_errors())
         should_stop = StopSignal()
         processes.barrier()  # a signal that reaches one process from here on finds all prepared
         folder = output_folder(args)
         resume = open_folder(folder, args.resume, args.test_only, processes, stack)
+        saved = checkpoint.load(resume) if resume else {}
 
         # Data and classes
-        paths = data_paths(args.dataset, args.data_path, {k: getattr(args, k) for k in PATHS})
-        splits = ["val"] if args.test_only else ["val", "train"]
-        val, *rest = read_splits(paths, splits, args.test_only and args.save_detections)
-        saved = checkpoint.load(resume) if resume else {}
-        val = with_classes(val, saved.get("categories"))
-        train = rest[0] if rest else val
-        label_map = saved.get("categories") or label_categories(train.categories)
-        match_classes(label_map, val, str(resume or train.path))
-        val_set = CocoDetection(paths["val_images"], val, label_map)
-        train_set = val_set
-        if not args.test_only:
-            match_classes(label_map, train, str(resume))
-            if not args.keep_empty:
-                require_boxes(train)
-            keep = None if args.keep_empty else train.images_with_objects()
-            transforms = presets.training_transforms(args.data_augmentation)
-            train_set = CocoDetection(
-                paths["train_images"], train, label_map, transforms, args.seed, keep
-            )
-        check_sizes(args, len(train_set), len(val_set), processes.world_size)
+        val_set, train_set = read_data(args, saved, resume)
+        check_sizes(args, len(train_set), len(val_set), world_size)
 
         # Model
         torch.manual_seed(args.seed)
         model = build_model(
             args.model,
-            label_map,
+            val_set.label_map,
             resize_in_training=args.data_augmentation not in presets.RESIZING,
             load=not resume,
             allow_new_classes=not args.test_only,
             **parser.values(args, "model"),
         )
-        for split in (val, *rest):
+        for split in (val_set.annotations, train_set.annotations):
             require_pixels(split, padded_sizes(model, split.sizes))
         model = model.to(device).to(memory_format=MEMORY_FORMATS[args.channels_last])
 
@@ -133,22 +102,18 @@ def main(args: argparse.Namespace) -> int:
 
         # Order of the training images
         per_step = batches_per_step(args.accumulate_steps, world_size, saved)
-        is_one_size = args.data_augmentation in presets.FIXED_SIZE
-        groups = aspect_ratio_groups(
-            train_set.sizes(), -1 if is_one_size else args.aspect_ratio_group_factor
+        groups, factors = groups_and_factors(
+            train_set, args.data_augmentation, args.aspect_ratio_group_factor, args.repeat_threshold
         )
-        pairs = train.classes_in_images(train_set.keep)
-        factors = repeat_factors(pairs, len(train_set), args.repeat_threshold)
         sampler = GroupedBatchSampler(
             groups, args.batch_size, args.seed, rank, world_size, per_step, factors
         )
         loader = make_loader(train_set, sampler, args.workers, device, keep=True)
 
         # Optimizer, the one schedule, EMA, DDP
-        lr = args.lr * (args.batch_size * per_step / RECIPE_BATCH if args.scale_lr else 1)
         optimizer = build_optimizer(
             model,
-            lr,
+            args.lr * (args.batch_size * per_step / RECIPE_BATCH if args.scale_lr else 1),
             opt=args.opt,
             momentum=args.momentum,
             wd=args.wd,
@@ -157,38 +122,30 @@ def main(args: argparse.Namespace) -> int:
         schedule = parser.values(args, "schedule")
         scheduler = build_scheduler(optimizer, sampler.steps_per_epoch, **schedule)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        ema = make_ema(model, args.ema_decay)
-        state = TrainState(model, optimizer, scheduler, scaler, ema)
+        state = TrainState(model, optimizer, scheduler, scaler, make_ema(model, args.ema_decay))
         wrapped = wrap(model, device, world_size, args.compile, amp_dtype)
 
-        # Resume
-        refuse = {"data": train.fingerprint(), "batches_per_step": per_step}
-        refuse |= parser.compared(args, REFUSE)
-        log = {"device": device.type, "torch": str(torch.__version__)}
-        log |= {"val_data": val.fingerprint(), **parser.compared(args, LOG)}
+        # Resume, and log the setup
+        train, val = train_set.annotations, val_set.annotations
+        settings = vars(args) | {
+            "data": train.fingerprint(),
+            "batches_per_step": per_step,
+            "device": device.type,
+            "torch": str(torch.__version__),
+            "val_data": val.fingerprint(),
+        }
         if resume:
             resume_run(
                 state,
                 saved,
                 resume,
-                refuse=refuse,
-                log=log,
-                defaults=parser.defaults(),
+                settings=settings,
+                parser=parser,
                 explained=data_changes(saved.get("data", {}), train, val),
                 steps_per_epoch=sampler.steps_per_epoch,
             )
         run = Run(
-            folder,
-            state,
-            processes,
-            should_stop,
-            settings={**vars(args), **refuse, **log},
-            train_data=train_set,
-            val_data=val_set,
-            lr=lr,
-            steps_per_epoch=sampler.steps_per_epoch,
-            samples=describe_repeats(factors, pairs, [name for _, name in train.categories]),
-            stack=stack,
+            folder, state, processes, should_stop, settings, train_set, val_set, sampler, stack
         )
         run.start()
 
@@ -223,6 +180,43 @@ def main(args: argparse.Namespace) -> int:
             run.save(f"model_{state.epoch - 1}.pth")
         run.finish()
         return 0
+
+
+@contextlib.contextmanager
+def start_processes(device: str | None, workers: int) -> Iterator[Processes]:
+    """Start what loader workers are forked from, and join the other processes of the run."""
+    follow_launcher()
+    if workers:
+        start_worker_server("data.loading")
+    with join_process_group(device or utils.default_device()) as processes, worker_errors():
+        yield processes
+
+
+def read_data(
+    args: argparse.Namespace, saved: Mapping[str, Any], resume: Path | None
+) -> tuple[CocoDetection, CocoDetection]:
+    """Read and check the validation and the training data; with `--test-only` both are the former.
+
+    Args:
+        saved: the checkpoint `resume`, whose classes count; empty if there is none.
+
+    Raises:
+        UserError: lists what is missing or wrong.
+    """
+    paths = data_paths(args.dataset, args.data_path, {k: getattr(args, k) for k in PATHS})
+    names = ["val"] if args.test_only else ["val", "train"]
+    splits = read_splits(paths, names, args.test_only and args.save_detections)
+    splits[0] = with_classes(splits[0], saved.get("categories"))
+    val, train = splits[0], splits[-1]
+    label_map = saved.get("categories") or label_categories(train.categories)
+    for split in splits:
+        match_classes(label_map, split, str(resume or train.path))
+    val_set = CocoDetection(paths["val_images"], val, label_map)
+    if args.test_only:
+        return val_set, val_set
+    keep, folder = trained_images(train, args.keep_empty), paths["train_images"]
+    transforms = presets.training_transforms(args.data_augmentation)
+    return val_set, CocoDetection(folder, train, label_map, transforms, args.seed, keep)
 
 
 def evaluate_only(
@@ -260,35 +254,8 @@ def data_changes(
 
 
 def run_from_command_line() -> None:
-    """Call `main`; print a `UserError` as one message, without a traceback."""
-    utils.mend_streams()
-    status: int | None = 1
-    try:
-        status = main(parse_args())
-    except KeyboardInterrupt:  # `StopSignal` takes later ones
-        status = 128 + signal.SIGINT
-        print("error: interrupted before the run began", file=sys.stderr)
-    except Exception as error:
-        print_error(error)
-    finally:
-        kill_workers()
-    if status:
-        end_failed()
-        sys.exit(status)
-
-
-def print_error(error: Exception) -> None:
-    """Print a `UserError` as one message, and any other error with its traceback."""
-    if isinstance(error, PeerError):
-        print(f"error: [rank {launch_rank()}] {error}", file=sys.stderr)
-    elif not isinstance(error, UserError):
-        traceback.print_exception(error)
-    # All processes see the same flags and data, so rank 0 prints; a LocalError is one process's.
-    elif launch_rank() == 0 or isinstance(error, LocalError):
-        text = str(error).strip()
-        if "Original Traceback" in text:  # raised in a DataLoader worker
-            text = text.splitlines()[-1].split(": ", 1)[-1]
-        print(utils.printable(f"error: {text}", keep="\n"), file=sys.stderr)
+    """Run `main` with the flags of the command line."""
+    utils.run_command(lambda: main(parse_args()))
 
 
 if __name__ == "__main__":

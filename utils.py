@@ -1,4 +1,4 @@
-"""Logging, seeds, safe files and user errors, for every script."""
+"""User errors, seeds and safe files, for every script."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ import errno
 import fcntl
 import io
 import logging
+import math
 import multiprocessing
 import os
 import platform
 import re
 import signal
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+import torch.distributed as dist
 
 logger = logging.getLogger("retinanet")
 
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds, and in how many
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -44,25 +48,6 @@ class UserError(Exception):
 
 class LocalError(UserError):
     """A UserError that may occur in only one process, so each process prints it."""
-
-
-def is_terminal(stream: TextIO) -> bool:
-    """Return whether `stream` is a terminal, wide enough for a progress bar."""
-    try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= 40
-    except (OSError, ValueError):
-        return False
-
-
-class TerminalHandler(logging.StreamHandler):
-    """Logs to a terminal above the progress bar, which replaces the lines of figures."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record above the bar, unless the bar shows it."""
-        if getattr(record, "is_on_bar", False):
-            return
-        with suppress(OSError):  # the terminal was closed; the run goes on
-            tqdm.write(self.format(record), file=self.stream)
 
 
 class _QuietFile(io.FileIO):
@@ -103,25 +88,16 @@ def mend_streams() -> None:
             setattr(sys, name, quiet)
 
 
-def set_up_logging(rank: int, log_file: Path | None = None) -> None:
-    """Send the log to standard output and, if not None, to `log_file`; other ranks only warn."""
-    terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
-    handlers: list[logging.Handler] = [terminal(sys.stdout)]
-    if log_file is not None:
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
-    layout = f"%(asctime)s [rank {rank}] %(message)s" if rank else "%(asctime)s %(message)s"
-    for handler in handlers:
-        handler.setFormatter(PrintableFormatter(layout, "%H:%M:%S"))
-    logger.handlers = handlers
-    logger.propagate = False
-    logger.setLevel(logging.WARNING if rank else logging.INFO)
-
-
 def usable_cores() -> int:
     """Return how many cores this process may use; the machine may have more."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    # The quota of a container, such as "150000 100000"; "max 100000" is none.
+    with suppress(OSError, ValueError):
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return cores
 
 
 def default_device() -> str:
@@ -176,29 +152,51 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-class PrintableFormatter(logging.Formatter):
-    """Formats a record without control characters; line breaks stay, for tables."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as safe text."""
-        return printable(super().format(record), keep="\n\t")
-
-
 def run_command(main: Callable[[], int | None]) -> None:
-    """Call the `main` of a command and exit with its status.
+    """Call the `main` of a command, and exit with its status; of train.py in each process.
 
-    A `UserError` is printed as one message. Ctrl-C ends the command and its worker processes.
+    A `UserError` is printed as one message, any other error with its traceback. An error or Ctrl-C
+    also ends the worker processes.
     """
     mend_streams()
+    status: int | None = 1
     try:
-        sys.exit(main())
+        try:
+            status = main()
+        finally:  # while the exception holds the loader, which would wait for its workers
+            kill_workers()
     except KeyboardInterrupt:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        status = 128 + signal.SIGINT
+        # Else a worker that the server is about to fork fails with a traceback.
+        server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+        if server is not None:
+            os.kill(server, signal.SIGKILL)
         print("error: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     except UserError as error:
-        sys.exit(printable(f"error: {error}", keep="\n"))
+        rank = os.environ.get("RANK", "0")
+        # All processes see the same flags and data: rank 0 prints. A LocalError is one process's.
+        if not rank.isdecimal() or int(rank) == 0 or isinstance(error, LocalError):
+            text = str(error).strip()
+            if "Original Traceback" in text:  # raised in a DataLoader worker
+                text = text.splitlines()[-1].split(": ", 1)[-1]
+            print(printable(f"error: {text}", keep="\n"), file=sys.stderr)
+    except Exception as error:
+        traceback.print_exception(error)
+    if status and dist.is_available() and dist.is_initialized():
+        # A normal exit of Python would leave NCCL's process group, and wait there for operations
+        # that the other processes never join.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+def kill_workers() -> None:
+    """End the worker processes of this one; those of a DataLoader ignore Python's SIGTERM."""
+    for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader complains of its death
+        worker.kill()
 
 
 @contextmanager
@@ -244,10 +242,11 @@ def rename(temporary: Path, path: Path) -> None:
         raise
 
 
-def load_tensors(path: Path, source: str) -> dict[str, Any]:
+def load_tensors(path: Path, source: str, mmap: bool = False) -> dict[str, Any]:
     """Read a file of tensors and plain types to the CPU; `source` names it in messages.
 
-    The `argparse.Namespace` in a checkpoint of torchvision's scripts becomes a dict.
+    With `mmap`, a tensor is read when it is used. The `argparse.Namespace` in a checkpoint of
+    torchvision's scripts becomes a dict.
 
     Raises:
         UserError: if it is damaged or of another kind.
@@ -255,7 +254,7 @@ def load_tensors(path: Path, source: str) -> dict[str, Any]:
     try:
         # A Namespace takes attributes and runs no code, so it is as safe as a dict.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # any bytes can be in the file, and raise anything
         # Its first lines are advice to load the file without safety.
         match = re.search(r"WeightsUnpickler error: (.*)", str(error))

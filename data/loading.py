@@ -43,7 +43,7 @@ def make_loader(
     dataset: Any, batches: Any, workers: int, device: torch.device, keep: bool
 ) -> DataLoader:
     """Build a loader over `batches` of (epoch, index); `keep` its workers between epochs."""
-    # Once a loader is used; `worker_warnings` has better words for it.
+    # Once a loader is used; `runtime.summary` has better words for it.
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return _PatientLoader(
         dataset.for_workers(),

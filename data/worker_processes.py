@@ -111,13 +111,6 @@ def _worker_problem(error: BaseException) -> str | None:
     return None
 
 
-def kill_workers() -> None:
-    """End the DataLoader workers of a failed process, which ignore Python's SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else DataLoader complains of their death
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
 def end_with_parent() -> None:
     """End this process, started by multiprocessing, when the process that started it ends."""
     if sys.platform == "linux":  # which knows the server that it was forked from, if there is one

@@ -7,25 +7,22 @@ overwrite one file in place, and `torch.load` does not detect flipped bits.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import io
-import logging
 import math
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 
-from utils import UserError, file_errors, load_tensors, new_file, rename
-
-logger = logging.getLogger("retinanet")
+from utils import UserError, file_errors, load_tensors, logger, new_file, rename
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
 # The files of a run in its folder. All other files belong to the user: they are not read, counted
@@ -34,6 +31,46 @@ _EPOCH = re.compile(r"model_(0|[1-9][0-9]{0,17})\.pth")
 _CHECKPOINT = re.compile(rf"{re.escape(NEWEST)}|{re.escape(PREVIOUS)}|{BEST}|{_EPOCH.pattern}")
 _RECORD = re.compile(r"metrics\.jsonl(\.bad)?|args\.json|preempted")
 _TEMPORARY = re.compile(rf"(({_CHECKPOINT.pattern})(\.sha256)?|{_RECORD.pattern})\.tmp")
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Tensors = dict[str, torch.Tensor]
+
+
+class _Group(TypedDict):
+    params: list[int]
+
+
+class _Optimizer(TypedDict):
+    state: dict[int, dict[str, Any]]
+    param_groups: list[_Group]
+
+
+class _Flags(TypedDict, total=False):
+    batches_per_step: Positive
+
+
+class _Class(TypedDict):
+    id: int
+    name: str
+    label: Positive
+
+
+# The parts of a checkpoint that are read, and their types.
+PARTS: dict[str, Any] = {
+    "model": Tensors,
+    "ema": Tensors | None,
+    "optimizer": _Optimizer,
+    "scaler": dict[str, float],
+    "epoch": Count,
+    "step": Count,
+    "position": Count,
+    "window": dict[str, float],
+    "evaluations": dict[Count, float],
+    "args": _Flags,
+    "categories": list[_Class],
+    "data": dict[str, Any],
+}
 
 PATIENCE = 1.0  # seconds for another process to finish replacing the file that is read here
 
@@ -108,54 +145,30 @@ def is_checkpoint_name(name: str) -> bool:
 
 def is_verified(path: Path) -> bool:
     """Return whether `path` has the content that its sidecar states."""
-    if not path.is_file():  # opening another kind, such as a FIFO, may block forever
+    sidecar, digest = _sidecar(path), hashlib.sha256()
+    if not (path.is_file() and sidecar.is_file()):  # opening a FIFO may block forever
         return False
     try:
+        stated = sidecar.read_text().split()
         with path.open("rb") as file:
-            return _matches_sidecar(file, path)
-    except OSError:
+            while block := file.read(2**20):
+                digest.update(block)
+    except (OSError, UnicodeDecodeError):
         return False
+    return stated[:1] == [digest.hexdigest()]
 
 
 def _is_verified_soon(path: Path) -> bool:
-    """Do what `is_verified` does, but look again while another process replaces `path`.
+    """Do what `is_verified` does, but look again while another process may be replacing `path`.
 
     It renames the file first and the sidecar a moment later.
     """
-    deadline, seen = time.monotonic() + PATIENCE, None
-    while True:
-        state = _state(path)
-        if state != seen and is_verified(path):
-            return True
+    deadline = time.monotonic() + PATIENCE
+    while not is_verified(path):
         if time.monotonic() >= deadline:
             return False
-        seen = state
         time.sleep(0.02)
-
-
-def _state(path: Path) -> list[Any]:
-    """Return a value that changes when a file or its sidecar is replaced."""
-    state: list[Any] = []
-    for one in (path, _sidecar(path)):
-        try:
-            stat = one.stat()
-            state.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        except OSError:
-            state.append(None)
-    return state
-
-
-def _matches_sidecar(file: IO[bytes], path: Path) -> bool:
-    """Return whether an open file has the content that the sidecar of `path` states."""
-    sidecar = _sidecar(path)
-    try:
-        stated = sidecar.read_text().split() if sidecar.is_file() else []
-    except UnicodeDecodeError:
-        return False
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return stated[:1] == [digest.hexdigest()]
+    return True
 
 
 def newest(folder: Path) -> Path | None:
@@ -186,20 +199,13 @@ def step_of(path: Path) -> int | None:
 
     None if it holds none, or cannot be read.
     """
-    step = _peek(path).get("step")
-    return step if type(step) is int else None
-
-
-def _peek(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without reading its tensors; return an empty dict if it cannot be read."""
     if not path.is_file():
-        return {}
+        return None
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # any bytes can be in the file, and raise anything
-        return {}
-    return content if isinstance(content, dict) else {}
+        step = load_tensors(path, str(path), mmap=True).get("step")
+    except UserError:
+        return None
+    return step if type(step) is int else None
 
 
 def _order(path: Path) -> tuple[float, int, int]:
@@ -234,83 +240,16 @@ def load(path: Path) -> dict[str, Any]:
             f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
         )
     content = load_tensors(path, f"--resume {path}")
-    require_kinds(content, path, ("args", "categories"))  # `main` reads these first
-    return content
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or a float, and no bool."""
-    return type(value) in (int, float)
-
-
-def _are_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
-    )
-
-
-def _is_optimizer(value: Any) -> bool:
-    """Return whether `value` has the layout of an optimizer's state."""
-    if not isinstance(value, dict) or not isinstance(value.get("state"), dict):
-        return False
-    groups = value.get("param_groups")
-    return (
-        isinstance(groups, list)
-        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
-        and all(isinstance(state, dict) for state in value["state"].values())
-    )
-
-
-def _are_classes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(c, dict)
-        and isinstance(c.get("name"), str)
-        and type(c.get("id")) is int
-        and type(c.get("label")) is int
-        and c["label"] > 0
-        for c in value
-    )
-
-
-def _is_args(value: Any) -> bool:
-    per_step = value.get("batches_per_step", 1) if isinstance(value, dict) else 0
-    return _is_count(per_step) and per_step > 0
-
-
-# By name: a check of a value's layout, and a description of that layout.
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (_are_tensors, "tensors by name"),
-    "ema": (lambda v: v is None or _are_tensors(v), "tensors by name, or None"),
-    "optimizer": (_is_optimizer, "the state of an optimizer"),
-    "scaler": (lambda v: isinstance(v, dict), "the state of a gradient scaler"),
-    "epoch": (_is_count, "a whole number of at least 0"),
-    "step": (_is_count, "a whole number of at least 0"),
-    "position": (_is_count, "a whole number of at least 0"),
-    "window": (
-        lambda v: isinstance(v, dict) and all(map(is_number, v.values())),
-        "numbers by name",
-    ),
-    "evaluations": (
-        lambda v: isinstance(v, dict) and all(_is_count(k) and is_number(v[k]) for k in v),
-        "AP by epoch",
-    ),
-    "args": (_is_args, "flags by name"),
-    "categories": (_are_classes, "a list of classes with id, name and label"),
-}
-
-
-def require_kinds(content: Mapping[str, Any], path: Path, names: Collection[str]) -> None:
-    """Raise UserError if a part in `names` does not have the layout that train.py writes."""
-    for name in names:
-        fits, words = KINDS[name]
-        if name in content and not fits(content[name]):
+    for name, kind in PARTS.items():
+        try:
+            if name in content:
+                msgspec.convert(content[name], kind)
+        except msgspec.ValidationError as error:
             raise UserError(
-                f"--resume {path}: damaged, its {name!r} is not {words}; take another checkpoint"
-            )
+                f"--resume {path}: damaged, its {name!r} is not what train.py writes: {error}; "
+                "take another checkpoint"
+            ) from None
+    return content
 
 
 def remove_leftovers(folder: Path) -> None:

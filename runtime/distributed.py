@@ -24,7 +24,7 @@ MEETING_EVERY = 10.0  # seconds between the meetings of an evaluation
 T = TypeVar("T")
 
 
-class PeerError(Exception):
+class PeerError(LocalError):
     """Another process of the run died or hangs."""
 
 
@@ -55,6 +55,14 @@ class Processes:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
+
+    def gather(self, value: T) -> list[T] | None:
+        """Return the `value` of every process, by rank, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values: Any = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Return on every process what `action` returns on rank 0.
@@ -108,8 +116,8 @@ class Processes:
             dist.monitored_barrier(self.meeting_group, timeout or STEP_TIMEOUT, wait_all_ranks=True)
         except RuntimeError as error:
             raise PeerError(
-                "another process of the run died or hangs; look for its message. "
-                + str(error).split("\n")[0]
+                f"[rank {self.rank}] another process of the run died or hangs; look for its "
+                f"message. {str(error).splitlines()[0]}"
             ) from None
 
 
@@ -120,7 +128,7 @@ def join_process_group(device: str) -> Iterator[Processes]:
     Args:
         device: "cuda" (this process takes GPU number LOCAL_RANK) or "cpu".
 
-    After an exception the group stays: end the process by `end_failed`.
+    After an exception the group stays: end the process as `utils.run_command` does.
 
     Raises:
         PeerError: names the processes that did not come to a collective operation of gloo. NCCL
@@ -162,7 +170,7 @@ def join_process_group(device: str) -> Iterator[Processes]:
             group.barrier(NAMING_TIMEOUT)  # gloo's error names a port at best
         raise
     # Skipped after an exception: NCCL would wait here for operations that the others never join.
-    # See `end_failed`.
+    # See `utils.run_command`.
     dist.destroy_process_group()
 
 
@@ -178,44 +186,34 @@ def _store_of_this_attempt() -> dist.Store:
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
-def launch_rank() -> int:
-    """Return this process's rank from its launcher, 0 without a launcher."""
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdecimal() else 0  # `join_process_group` refuses it
-
-
 def _check_launch() -> tuple[int, int, int | None]:
     """Return rank, number of processes and LOCAL_RANK, as torchrun sets them for each process.
 
     Raises:
         LocalError: names the variable that is missing or wrong.
     """
-    least = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    numbers = {name: os.environ[name] for name in least if name in os.environ}
-    for name, text in numbers.items():
-        if not text.isdecimal() or int(text) < least[name]:
-            raise LocalError(
-                f"{name}={text} in the environment is no number from {least[name]}; start with "
-                "torchrun, or unset it"
-            )
-    rank, world_size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
-    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
-    needed = ("WORLD_SIZE", *needed) if "RANK" in numbers else needed
-    for name in needed:
-        if name not in os.environ:
-            present = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
-            raise LocalError(
-                f"{present}={numbers[present]} is in the environment and {name} is not; start with "
-                f"torchrun, or unset {present}"
-            )
+    ranks, counts = range(2**31), range(1, 2**31)
+    ranges = {"RANK": ranks, "WORLD_SIZE": counts, "LOCAL_RANK": ranks, "LOCAL_WORLD_SIZE": counts}
+    needed = ["WORLD_SIZE"] if "RANK" in os.environ else []
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        ranges["MASTER_PORT"] = range(1, 2**16)
+        needed += ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+    texts = {name: os.environ[name] for name in ranges if name in os.environ}
+    numbers = {name: int(text) for name, text in texts.items() if text.isdecimal()}
+    problems = [
+        f"{name}={text} in the environment is no number from {ranges[name].start} on"
+        for name, text in texts.items()
+        if numbers.get(name, -1) not in ranges[name]  # None would be compared with each number
+    ]
+    present = " ".join(f"{name}={text}" for name, text in texts.items())
+    problems += [
+        f"{present} is in the environment and {name} is not"
+        for name in needed
+        if name not in os.environ
+    ]
+    rank, world_size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
     if rank >= world_size:
-        raise LocalError(
-            f"RANK={rank} in the environment is not less than WORLD_SIZE={world_size}; start with "
-            "torchrun, or unset both"
-        )
-    port = os.environ.get("MASTER_PORT", "")
-    if world_size > 1 and not (port.isdecimal() and 0 < int(port) < 2**16):
-        raise LocalError(
-            f"MASTER_PORT={port} in the environment is no port; start with torchrun, or unset it"
-        )
-    return rank, world_size, int(numbers["LOCAL_RANK"]) if "LOCAL_RANK" in numbers else None
+        problems.append(f"RANK={rank} in the environment is not less than WORLD_SIZE={world_size}")
+    if problems:
+        raise LocalError(f"{problems[0]}; start with torchrun, or unset what it sets")
+    return rank, world_size, numbers.get("LOCAL_RANK")

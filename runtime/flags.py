@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 from utils import UserError
@@ -73,24 +72,26 @@ class ArgumentParser(argparse.ArgumentParser):
         """Return the flags of a group by name."""
         return {action.dest: getattr(args, action.dest) for action in self.groups[title]}
 
-    def compared(self, args: argparse.Namespace, on_resume: str) -> dict[str, Any]:
-        """Return the flags that a resume refuses to change, or logs, by name."""
-        return {
-            name: getattr(args, name) for name, what in self.on_resume.items() if what == on_resume
-        }
-
     def defaults(self) -> dict[str, Any]:
         """Return the default of every flag by name."""
         return {name: self.get_default(name) for name in self.on_resume}
 
-    def recall(self, saved: Mapping[str, Any]) -> argparse.Namespace:
-        """Return the remembered flags that a checkpoint saved, as defaults for `parse_args`."""
+    def recall(self, saved: Mapping[str, Any], source: str) -> argparse.Namespace:
+        """Return the remembered flags that a checkpoint saved, as defaults for `parse_args`.
+
+        Raises:
+            UserError: names `source` and the flag, if no command line gives a flag such a value.
+        """
         recalled = argparse.Namespace()
         for action in self.remembered:
-            if action.dest in saved:
-                value = saved[action.dest]
-                is_path = action.type is Path and value is not None
-                setattr(recalled, action.dest, Path(value) if is_path else value)
+            value = saved.get(action.dest)
+            if value is not None:
+                words = value if action.nargs and isinstance(value, list) and value else [value]
+                try:
+                    value = self._get_values(action, [str(word) for word in words])
+                except argparse.ArgumentError as error:
+                    raise UserError(f"{source}: damaged, its flags: {error}") from None
+                setattr(recalled, action.dest, value)
         return recalled
 
 

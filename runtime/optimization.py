@@ -34,14 +34,21 @@ def build_optimizer(
         norms_only = [p for p in trained if p in of_norms]
         groups.append({"params": norms_only, "weight_decay": norm_weight_decay})
     groups = [group for group in groups if group["params"]]
+    optimizer: torch.optim.Optimizer
     if opt == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
-    nesterov = opt == "sgd_nesterov"
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
-    if momentum:
-        for parameter in itertools.chain(*(group["params"] for group in groups)):
-            # As in a first step without one; torch leaves it undefined if that step is skipped.
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
+        averages = ["exp_avg", "exp_avg_sq"]
+    else:
+        nesterov = opt == "sgd_nesterov"
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+        averages = ["momentum_buffer"] if momentum else []
+    # The state that torch makes in the first step. It makes none if that step is skipped, and a
+    # resume compares the state in a checkpoint with this one.
+    for parameter in itertools.chain(*(group["params"] for group in groups)):
+        if opt == "adamw":
+            optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        for name in averages:
+            optimizer.state[parameter][name] = torch.zeros_like(parameter)
     return optimizer
 
 

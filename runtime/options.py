@@ -30,7 +30,12 @@ from utils import UserError
 
 PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
 LAYOUTS = ("coco", "voc", "yolo", "shapes")
+POLICIES = ("hflip", "multiscale", "lsj", "ssd", "ssdlite")  # of presets.py
+SCHEDULES = ("multisteplr", "cosineannealinglr")
 SWITCH = argparse.BooleanOptionalAction
+COUNT, WHOLE, SHARE = positive(int), non_negative(int), between(float, 0, 1)
+PIXELS = positive(int, at_most=20_000)
+UNSET = "the model's default if not set"
 
 
 def build_parser() -> ArgumentParser:
@@ -47,47 +52,29 @@ def build_parser() -> ArgumentParser:
 def _add_data_flags(parser: ArgumentParser) -> None:
     # A resume compares the content of the data, not its path.
     add = parser.group("data", remember=True)
+    annotations = "instead of DATA_PATH/annotations/instances_{}2017.json"
     add("--dataset", choices=LAYOUTS, default="coco", help="layout; shapes is drawn on the fly")
     add("--data-path", type=Path, help="data folder; for shapes, where to keep the images")
     add("--train-images", type=Path, remember=False, help="instead of DATA_PATH/train2017")
-    add(
-        "--train-annotations",
-        type=Path,
-        remember=False,
-        help="instead of DATA_PATH/annotations/instances_train2017.json",
-    )
+    add("--train-annotations", type=Path, remember=False, help=annotations.format("train"))
     add("--val-images", type=Path, help="instead of DATA_PATH/val2017")
-    add(
-        "--val-annotations",
-        type=Path,
-        help="instead of DATA_PATH/annotations/instances_val2017.json",
-    )
+    add("--val-annotations", type=Path, help=annotations.format("val"))
     add = parser.group("training data", on_resume=REFUSE)
-    add(
-        "--data-augmentation",
-        choices=("hflip", "multiscale", "lsj", "ssd", "ssdlite"),
-        default="hflip",
-        help="augmentation policy",
-    )
+    add("--data-augmentation", choices=POLICIES, default="hflip", help="augmentation policy")
     add(
         "--aspect-ratio-group-factor",
         type=between(int, -1, 1000),
         default=3,
         help="aspect-ratio groups per octave; -1 switches grouping off",
     )
-    add("-b", "--batch-size", type=positive(int), default=2, help="images per process and batch")
-    add(
-        "-j",
-        "--workers",
-        type=non_negative(int, at_most=1024),
-        default=4,
-        on_resume=IGNORE,
-        help="loader workers per process",
-    )
+    add("-b", "--batch-size", type=COUNT, default=2, help="images per process and batch")
+    workers = non_negative(int, at_most=1024)
+    text = "loader workers per process"
+    add("-j", "--workers", type=workers, default=4, on_resume=IGNORE, help=text)
     add("--keep-empty", action="store_true", help="train on images without boxes, too")
     add(
         "--repeat-threshold",
-        type=between(float, 0, 1),
+        type=SHARE,
         default=0.0,
         help="show images of classes that less than this share of the images has more often, by "
         "sqrt(threshold / share); 0 shows each image once",
@@ -96,37 +83,23 @@ def _add_data_flags(parser: ArgumentParser) -> None:
 
 def _add_model_flags(parser: ArgumentParser) -> None:
     add = parser.group("detector", on_resume=REFUSE, remember=True)
-    add(
-        "--model",
-        default="retinanet_resnet50_fpn",
-        help="detector: a torchvision name, or retinanet_RESNET_fpn",
-    )
+    text = "detector: a torchvision name, or retinanet_RESNET_fpn"
+    add("--model", default="retinanet_resnet50_fpn", help=text)
     add = parser.group("model", on_resume=REFUSE, remember=True)
     add("--weights", help="weights of the whole detector: a torchvision name, or a file")
     add("--weights-backbone", help="weights of the backbone: a torchvision name, or a file")
-    pixels = positive(int, at_most=20_000)
-    unset = "the model's default if not set"
-    add("--min-size", type=pixels, help=f"shorter side of the resized image, pixels; {unset}")
-    add("--max-size", type=pixels, help=f"limit of the longer side, pixels; {unset}")
-    add("--anchor-sizes", type=positive(int), nargs="+", help="anchor sides of P3 to P7, pixels")
+    add("--min-size", type=PIXELS, help=f"shorter side of the resized image, pixels; {UNSET}")
+    add("--max-size", type=PIXELS, help=f"limit of the longer side, pixels; {UNSET}")
+    add("--anchor-sizes", type=COUNT, nargs="+", help="anchor sides of P3 to P7, pixels")
     add("--anchor-ratios", type=positive(float), nargs="+", help="height / width of the anchors")
-    share, count = between(float, 0, 1), positive(int)
-    add("--score-thresh", type=share, on_resume=LOG, help=f"least score of a detection; {unset}")
-    add("--nms-thresh", type=share, on_resume=LOG, help=f"IoU above which NMS drops a box; {unset}")
-    add("--detections-per-image", type=count, on_resume=LOG, help=f"limit after NMS; {unset}")
-    add(
-        "--topk-candidates",
-        type=count,
-        on_resume=LOG,
-        help=f"limit before NMS, per level (SSD: per class); {unset}",
-    )
+    add("--score-thresh", type=SHARE, on_resume=LOG, help=f"least score of a detection; {UNSET}")
+    add("--nms-thresh", type=SHARE, on_resume=LOG, help=f"IoU above which NMS drops a box; {UNSET}")
+    add("--detections-per-image", type=COUNT, on_resume=LOG, help=f"limit after NMS; {UNSET}")
+    text = f"limit before NMS, per level (SSD: per class); {UNSET}"
+    add("--topk-candidates", type=COUNT, on_resume=LOG, help=text)
     # Inference does not use the rest.
-    add(
-        "--trainable-backbone-layers",
-        type=between(int, 0, 6),
-        remember=False,
-        help=f"backbone layers to train, 0 to 5 from the last; {unset}",
-    )
+    text = f"backbone layers to train, 0 to 5 from the last; {UNSET}"
+    add("--trainable-backbone-layers", type=between(int, 0, 6), remember=False, help=text)
     add(
         "--assigner",
         choices=("torchvision", "max-iou"),
@@ -141,114 +114,59 @@ def _add_model_flags(parser: ArgumentParser) -> None:
         remember=False,
         help="where training computes the box head: sparse on a CPU, else dense; RetinaNet only",
     )
-    add(
-        "--sync-bn",
-        action=SWITCH,
-        default=False,
-        remember=False,
-        help="batch statistics over all processes; CUDA only",
-    )
+    text = "batch statistics over all processes; CUDA only"
+    add("--sync-bn", action=SWITCH, default=False, remember=False, help=text)
 
 
 def _add_optimization_flags(parser: ArgumentParser) -> None:
     add = parser.group("optimization", on_resume=REFUSE)
     add("--opt", choices=("sgd", "sgd_nesterov", "adamw"), default="sgd", help="optimizer")
-    add(
-        "--lr",
-        type=positive(float),
-        default=0.01,
-        on_resume=LOG,
-        help="base learning rate, for the global batch in use",
-    )
+    text = "base learning rate, for the global batch in use"
+    add("--lr", type=positive(float), default=0.01, on_resume=LOG, help=text)
     add(
         "--scale-lr",
         action="store_true",
         help=f"--lr is for {RECIPE_BATCH} images per step: scale it to the global batch in use",
     )
-    add("--momentum", type=between(float, 0, 1), default=0.9, help="momentum of SGD")
+    add("--momentum", type=SHARE, default=0.9, help="momentum of SGD")
     decay = non_negative(float)
     add("--wd", "--weight-decay", dest="wd", type=decay, default=1e-4, help="weight decay")
     add("--norm-weight-decay", type=decay, help="weight decay of normalisation; --wd if not set")
-    add(
-        "--accumulate-steps",
-        type=positive(int),
-        default=1,
-        on_resume=IGNORE,
-        help="batches per process and optimizer step",
-    )
-    add(
-        "--ema-decay",
-        type=inside(0, 1),
-        help="average the weights with this decay per step, and evaluate the average",
-    )
-    add(
-        "--clip-grad-norm",
-        type=positive(float),
-        on_resume=LOG,
-        help="limit of the L2 norm of all gradients together",
-    )
+    text = "batches per process and optimizer step"
+    add("--accumulate-steps", type=COUNT, default=1, on_resume=IGNORE, help=text)
+    text = "average the weights with this decay per step, and evaluate the average"
+    add("--ema-decay", type=inside(0, 1), help=text)
+    text = "limit of the L2 norm of all gradients together"
+    add("--clip-grad-norm", type=positive(float), on_resume=LOG, help=text)
     add = parser.group("schedule", on_resume=LOG)
-    add(
-        "--epochs",
-        type=positive(int, at_most=1_000_000),
-        default=26,
-        help="length of the whole run",
-    )
-    add(
-        "--lr-scheduler",
-        choices=("multisteplr", "cosineannealinglr"),
-        default="multisteplr",
-        help="learning rate schedule",
-    )
-    add(
-        "--lr-steps",
-        type=non_negative(int),
-        nargs="+",
-        default=[16, 22],
-        help="epochs after which multisteplr decays the learning rate",
-    )
-    add("--lr-gamma", type=between(float, 0, 1), default=0.1, help="factor of each decay")
-    add(
-        "--warmup-steps",
-        type=non_negative(int),
-        help="optimizer steps of warm-up; 1000, or fewer in a shorter epoch, if not set",
-    )
+    epochs = positive(int, at_most=1_000_000)
+    add("--epochs", type=epochs, default=26, help="length of the whole run")
+    add("--lr-scheduler", choices=SCHEDULES, default=SCHEDULES[0], help="learning rate schedule")
+    text = "epochs after which multisteplr decays the learning rate"
+    add("--lr-steps", type=WHOLE, nargs="+", default=[16, 22], help=text)
+    add("--lr-gamma", type=SHARE, default=0.1, help="factor of each decay")
+    text = "optimizer steps of warm-up; 1000, or fewer in a shorter epoch, if not set"
+    add("--warmup-steps", type=WHOLE, help=text)
 
 
 def _add_evaluation_flags(parser: ArgumentParser) -> None:
     add = parser.group("evaluation")
-    add(
-        "--test-only",
-        action="store_true",
-        help="evaluate --resume or --weights into OUTPUT_DIR/eval/test; train nothing",
-    )
-    add(
-        "--eval-every",
-        type=non_negative(int),
-        default=1,
-        help="epochs between evaluations; 0 never evaluates",
-    )
-    add(
-        "--patience",
-        type=positive(int),
-        on_resume=LOG,
-        help="stop after this many evaluations without a better AP; never if not given",
-    )
-    add(
-        "--eval-batch-size",
-        type=positive(int),
-        default=1,
-        help="images of one padded size per process and batch of an evaluation",
-    )
+    text = "evaluate --resume or --weights into OUTPUT_DIR/eval/test; train nothing"
+    add("--test-only", action="store_true", help=text)
+    text = "epochs between evaluations; 0 never evaluates"
+    add("--eval-every", type=WHOLE, default=1, help=text)
+    text = "stop after this many evaluations without a better AP; never if not given"
+    add("--patience", type=COUNT, on_resume=LOG, help=text)
+    text = "images of one padded size per process and batch of an evaluation"
+    add("--eval-batch-size", type=COUNT, default=1, help=text)
     add(
         "--coco-eval",
         choices=("hotcoco", "pycocotools"),
         default="hotcoco",
         help="library that scores; both give the same numbers, hotcoco faster",
     )
-    add(
-        "--save-detections", action="store_true", help="write the detections as a COCO results file"
-    )
+    text = "write the detections as a COCO results file"
+    add("--save-detections", action="store_true", help=text)
     add("--val-loss", action="store_true", help="compute the losses of the validation images, too")
 
 
@@ -264,43 +182,24 @@ def _add_run_flags(parser: ArgumentParser) -> None:
     )
     add("--compile", action="store_true", help="compile backbone and head (torch.compile)")
     add("--channels-last", action=SWITCH, default=True, help="memory format of weights and images")
-    add(
-        "--device",
-        choices=("cuda", "cpu"),
-        on_resume=IGNORE,
-        help="device; cuda if there is one, else cpu, if not set",
-    )
-    add(
-        "--use-deterministic-algorithms",
-        action="store_true",
-        help="the same bits in every run on CUDA, slower",
-    )
+    text = "device; cuda if there is one, else cpu, if not set"
+    add("--device", choices=("cuda", "cpu"), on_resume=IGNORE, help=text)
+    text = "the same bits in every run on CUDA, slower"
+    add("--use-deterministic-algorithms", action="store_true", help=text)
     add = parser.group("run")
     add("--output-dir", type=Path, help="folder of the run; runs/MODEL if not set")
     add("--resume", help="checkpoint to continue, or 'auto' for the newest in --output-dir")
-    add(
-        "--seed",
-        type=non_negative(int, at_most=2**63 - 1),
-        default=0,
-        on_resume=REFUSE,
-        help="seed of the order, the augmentation and the initial weights",
-    )
-    add(
-        "--checkpoint-every",
-        type=non_negative(int),
-        default=1000,
-        help="optimizer steps between saves; 0 saves after each epoch only",
-    )
-    add(
-        "--keep-checkpoints",
-        type=non_negative(int),
-        help="how many model_EPOCH.pth to keep, the newest; all if not set",
-    )
-    add("--max-steps", type=positive(int), help="stop cleanly after this optimizer step of the run")
-    add("--print-freq", type=positive(int), default=20, help="optimizer steps per line of the log")
-    add(
-        "--tensorboard", action="store_true", help="write scalars and sample images for TensorBoard"
-    )
+    text = "seed of the order, the augmentation and the initial weights"
+    largest = non_negative(int, at_most=2**63 - 1)
+    add("--seed", type=largest, default=0, on_resume=REFUSE, help=text)
+    text = "optimizer steps between saves; 0 saves after each epoch only"
+    add("--checkpoint-every", type=WHOLE, default=1000, help=text)
+    text = "how many model_EPOCH.pth to keep, the newest; all if not set"
+    add("--keep-checkpoints", type=WHOLE, help=text)
+    add("--max-steps", type=COUNT, help="stop cleanly after this optimizer step of the run")
+    add("--print-freq", type=COUNT, default=20, help="optimizer steps per line of the log")
+    text = "write scalars and sample images for TensorBoard"
+    add("--tensorboard", action="store_true", help=text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -316,14 +215,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         resume = _newest(output_folder(args)) if args.resume == "auto" else Path(args.resume)
         saved = checkpoint.load(resume).get("args", {})
         # With other data than the checkpoint's, its other paths do not apply.
-        unset = argparse.Namespace(dataset=None, data_path=None)
-        flags = parser.parse_args(argv, unset)
-        known = dict(saved)
+        flags = parser.parse_args(argv, argparse.Namespace(dataset=None, data_path=None))
+        forgotten: tuple[str, ...] = ()
         if flags.dataset not in (None, saved.get("dataset")):
-            known = {k: v for k, v in saved.items() if k not in ("data_path", *PATHS)}
+            forgotten = ("data_path", *PATHS)
         elif flags.data_path is not None and str(flags.data_path) != str(saved.get("data_path")):
-            known = {k: v for k, v in saved.items() if k not in PATHS}
-        args = parser.parse_args(argv, parser.recall(known))
+            forgotten = PATHS
+        known = {name: value for name, value in saved.items() if name not in forgotten}
+        args = parser.parse_args(argv, parser.recall(known, f"--resume {resume}"))
         args.resume = str(resume)
     return args
 
@@ -378,20 +277,15 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def check_sizes(args: argparse.Namespace, num_train: int, num_val: int, num_processes: int) -> None:
     """Raise UserError for a batch or a step that is larger than the data, in images."""
-    if args.eval_batch_size > num_val:
-        raise UserError(
-            f"--eval-batch-size {args.eval_batch_size} is more than the {num_val} images to "
-            "evaluate"
-        )
-    if args.test_only:
-        return
-    if args.batch_size > num_train:
-        raise UserError(
-            f"--batch-size {args.batch_size} is more than the {num_train} images to train on"
-        )
-    batches = -(-num_train // args.batch_size)
-    if args.accumulate_steps > 1 and args.accumulate_steps * num_processes > batches:
+    sizes = [("--eval-batch-size", args.eval_batch_size, num_val, "to evaluate")]
+    if not args.test_only:
+        sizes.append(("--batch-size", args.batch_size, num_train, "to train on"))
+    for flag, size, count, what in sizes:
+        if size > count:
+            raise UserError(f"{flag} {size} is more than the {count} images {what}")
+    per_step, batches = args.accumulate_steps * num_processes, -(-num_train // args.batch_size)
+    if args.accumulate_steps > 1 and per_step > batches and not args.test_only:
         raise UserError(
             f"--accumulate-steps {args.accumulate_steps} on {num_processes} processes makes steps "
-            f"of {args.accumulate_steps * num_processes} batches, and an epoch has {batches}"
+            f"of {per_step} batches, and an epoch has {batches}"
         )

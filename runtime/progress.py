@@ -1,4 +1,4 @@
-"""The progress of a run: a bar, lines of figures, the time left.
+"""The log of a run and its progress: a bar, lines of figures, the time left.
 
 A terminal shows a bar. Everywhere else, also in a log file, there is a line every few steps.
 """
@@ -6,37 +6,79 @@ A terminal shows a bar. Everywhere else, also in a log file, there is a line eve
 from __future__ import annotations
 
 import datetime
+import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from utils import is_terminal, logger
+from utils import logger, printable
+
+
+class PrintableFormatter(logging.Formatter):
+    """Formats a record without control characters; line breaks stay, for tables."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as safe text."""
+        return printable(super().format(record), keep="\n\t")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether `stream` is a terminal, wide enough for a progress bar."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns >= 40
+    except (OSError, ValueError):
+        return False
+
+
+class TerminalHandler(logging.StreamHandler):
+    """Logs to a terminal above the progress bar, which replaces the lines of figures."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record above the bar, unless the bar shows it."""
+        if getattr(record, "is_on_bar", False):
+            return
+        with suppress(OSError):  # the terminal was closed; the run goes on
+            tqdm.write(self.format(record), file=self.stream)
+
+
+def set_up_logging(rank: int, log_file: Path | None = None) -> None:
+    """Send the log to standard output and, if not None, to `log_file`; other ranks only warn."""
+    terminal = TerminalHandler if is_terminal(sys.stdout) else logging.StreamHandler
+    handlers: list[logging.Handler] = [terminal(sys.stdout)]
+    if log_file is not None:
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace"))
+    layout = f"%(asctime)s [rank {rank}] %(message)s" if rank else "%(asctime)s %(message)s"
+    for handler in handlers:
+        handler.setFormatter(PrintableFormatter(layout, "%H:%M:%S"))
+    logger.handlers = handlers
+    logger.propagate = False
+    logger.setLevel(logging.WARNING if rank else logging.INFO)
 
 
 class Progress:
-    """Shows the progress of a run on rank 0: steps, rate, and the time left.
+    """Shows the progress of a run: steps, rate, and the time left. Only rank 0 calls it.
 
     Args:
         steps_per_epoch, epochs: of the run, optimizer steps.
         global_batch: images per optimizer step.
-        is_shown: whether this process shows it.
     """
 
-    def __init__(
-        self, steps_per_epoch: int, epochs: int, global_batch: int, is_shown: bool = True
-    ) -> None:
+    def __init__(self, steps_per_epoch: int, epochs: int, global_batch: int) -> None:
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
-        self.global_batch, self.is_shown = global_batch, is_shown
+        self.global_batch = global_batch
         self.bar: tqdm[Any] | None = None
 
     def step(self, step: int) -> None:
         """Move the bar to optimizer step `step` of the run, counted from 1."""
-        if not self.is_shown or not is_terminal(sys.stdout):
+        if not is_terminal(sys.stdout):
             return
         epoch, done = divmod(step - 1, self.steps_per_epoch)
         if self.bar is None:
@@ -55,22 +97,16 @@ class Progress:
 
     def line(self, step: int, record: Mapping[str, Any]) -> None:
         """Log a line of figures after optimizer step `step`, with the time left; feed the bar."""
-        if not self.is_shown:
-            return
         left = self.time_left(step, record["images_per_second"])
         shown = {**{name: short(value) for name, value in record.items()}, **left}
         logger.info("  ".join(f"{k} {v}" for k, v in shown.items()), extra={"is_on_bar": True})
         if self.bar is not None:
-            names = {
-                "loss": "loss",
-                "lr": "lr",
-                "images_per_second": "img/s",
-                "data_time_share": "data",
-                "memory_mb": "MB",
-                "run_left": "run left",
-            }
-            figures = {short_name: shown[name] for name, short_name in names.items()}
-            self.bar.set_postfix(figures, refresh=False)
+            figures = (
+                f"loss={shown['loss']}, lr={shown['lr']}, img/s={shown['images_per_second']}, "
+                f"data={shown['data_time_share']}, MB={shown['memory_mb']}, "
+                f"run left={left['run_left']}"
+            )
+            self.bar.set_postfix_str(figures, refresh=False)
 
     def time_left(self, step: int, images_per_second: float) -> dict[str, str]:
         """Return how long the epoch and the run still train at this rate, without evaluations."""

@@ -72,10 +72,8 @@ def _is_record(value: Any) -> bool:
     """Return whether `value` is a line of a run: numbers by name, the step among them."""
     if not isinstance(value, dict) or not all(type(v) in (int, float) for v in value.values()):
         return False
-    needed = ("step", "epoch") if "AP" in value else ("step",)
-    return all(name in value for name in needed) and all(
-        type(value[name]) is int for name in ("step", "epoch") if name in value
-    )
+    whole = {"step", "epoch"} if "AP" in value else {"step"} | (value.keys() & {"epoch"})
+    return all(type(value.get(name)) is int for name in whole)
 
 
 def rewind_json_lines(path: Path, step: int) -> list[dict[str, Any]]:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime.checkpoint import KINDS, is_number, require_kinds
+from runtime.checkpoint import PARTS
+from runtime.flags import IGNORE, LOG, REFUSE, ArgumentParser
 from runtime.train_state import TrainState
 from utils import UserError, logger
+
+# The options of an optimizer that a step needs, as far as it has them.
+HYPERPARAMETERS = {"lr", "weight_decay", "momentum", "betas", "eps"}
+# What a resume does if one of these, which are no flags, differs from the checkpoint's.
+ON_RESUME = {
+    "data": REFUSE,
+    "batches_per_step": REFUSE,
+    "val_data": LOG,
+    "device": LOG,
+    "torch": LOG,
+}
 
 
 def resume_run(
@@ -18,25 +30,24 @@ def resume_run(
     saved: dict[str, Any],
     source: Path,
     *,
-    refuse: Mapping[str, Any],
-    log: Mapping[str, Any],
-    defaults: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    parser: ArgumentParser,
     explained: Mapping[str, Callable[[], str]],
     steps_per_epoch: int,
 ) -> None:
     """Load a checkpoint, `saved`, into `state`, if it continues this run.
 
     Args:
-        refuse: settings of this run that a resume must not change, by name.
-        log: settings that it may change; changes are logged.
-        defaults: values of settings that the checkpoint does not have.
+        settings: of this run, by name: the flags, which `parser` declares, and those in
+            `ON_RESUME`.
         explained: functions that describe a change of a setting whose values say nothing.
 
     Raises:
         UserError: lists the settings that differ, or what does not fit the model.
     """
-    saved = from_torchvision(saved, {**refuse, **log}, steps_per_epoch, source)
-    check_same_run(saved["args"], {**refuse, **log}, log, source, defaults, explained)
+    saved = from_torchvision(saved, settings, steps_per_epoch, source)
+    on_resume = parser.on_resume | ON_RESUME
+    check_same_run(parser.defaults() | saved["args"], settings, on_resume, source, explained)
     require_fitting(saved, state, source)
     state.load_state_dict(saved)
 
@@ -46,18 +57,16 @@ def require_fitting(saved: Mapping[str, Any], state: TrainState, source: Path) -
 
     The message names what is missing, or the first tensors that differ.
     """
-    missing = [name for name in KINDS if name not in saved and name != "categories"]
+    missing = [name for name in PARTS if name not in saved and name not in ("categories", "data")]
     problem = f"it lacks {', '.join(missing)}" if missing else ""
     weights = state.model.state_dict()
     for name in ("model", "ema"):
         if not problem and saved[name]:
             problem = _difference(saved[name], weights, name)
     problem = problem or _optimizer_difference(saved["optimizer"], state.optimizer)
-    if not problem and state.scaler.is_enabled():
-        names = [
-            name for name in state.scaler.state_dict() if not is_number(saved["scaler"].get(name))
-        ]
-        problem = f"its 'scaler' lacks {', '.join(names)}" if names else ""
+    if not problem:
+        lacks = [name for name in state.scaler.state_dict() if name not in saved["scaler"]]
+        problem = f"its 'scaler' lacks {', '.join(lacks)}" if lacks else ""
     if problem:
         raise UserError(
             f"--resume {source} does not fit this run: {problem}; take another checkpoint, or "
@@ -83,27 +92,26 @@ def _difference(
 
 def _optimizer_difference(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> str:
     """Return why the state of an optimizer does not fit this one; empty if it does."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+    groups, saved_groups = optimizer.param_groups, saved["param_groups"]
+    sizes, saved_sizes = ([len(g["params"]) for g in some] for some in (groups, saved_groups))
     if sizes != saved_sizes:
         return f"its 'optimizer' is for {saved_sizes} parameters by group, not {sizes}"
-    is_adam = isinstance(optimizer, torch.optim.AdamW)
-    needed = {"lr", "weight_decay", *(("betas", "eps") if is_adam else ("momentum",))}
-    for group in saved["param_groups"]:
-        if not needed <= group.keys():
-            return f"its 'optimizer' lacks {', '.join(sorted(needed - group.keys()))}"
-    numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
-    for number, parameter in zip(numbers, parameters, strict=True):
-        state = {k: v for k, v in saved["state"].get(number, {}).items() if v is not None}
-        if state and state.keys() != names:
-            return f"its 'optimizer' holds {', '.join(map(str, state))}, not {', '.join(names)}"
-        for name, value in state.items():
-            shape = parameter.shape if name != "step" else torch.Size([])
-            if not isinstance(value, torch.Tensor) or value.shape != shape:
+    for group, saved_group in zip(groups, saved_groups, strict=True):
+        lacks = sorted(HYPERPARAMETERS & group.keys() - saved_group.keys())
+        if lacks:
+            return f"its 'optimizer' lacks {', '.join(lacks)}"
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True):
+            state = optimizer.state[parameter]
+            old = {k: v for k, v in saved["state"].get(number, {}).items() if v is not None}
+            if not state or not old:  # of an optimizer that makes it in its first step
+                continue
+            if old.keys() != state.keys():
+                return f"its 'optimizer' holds {', '.join(map(str, old))}, not {', '.join(state)}"
+            for name, value in old.items():
+                shape = list(state[name].shape)
                 actual = list(value.shape) if isinstance(value, torch.Tensor) else value
-                return f"{name} {number} of its 'optimizer' is {actual}, not of shape {list(shape)}"
+                if actual != shape:
+                    return f"{name} {number} of its 'optimizer' is {actual}, not of shape {shape}"
     return ""
 
 
@@ -119,7 +127,6 @@ def from_torchvision(
     Raises:
         UserError: names what the checkpoint lacks, if it cannot be continued.
     """
-    require_kinds(saved, source, KINDS)
     if "step" in saved:
         saved.setdefault("evaluations", {})  # older ones have the best AP only
         return saved
@@ -153,35 +160,30 @@ def from_torchvision(
 def check_same_run(
     saved: Mapping[str, Any],
     now: Mapping[str, Any],
-    may_change: Collection[str],
+    on_resume: Mapping[str, str],
     source: Path,
-    defaults: Mapping[str, Any] | None = None,
-    explained: Mapping[str, Callable[[], str]] | None = None,
+    explained: Mapping[str, Callable[[], str]],
 ) -> None:
     """Raise UserError, listing old → new, unless a checkpoint continues the run described `now`.
 
-    Settings in `may_change`, such as another learning rate, are allowed and logged.
-
     Args:
-        defaults: values of settings that the checkpoint does not have; without one a setting
-            counts as unchanged.
+        saved: settings of the checkpoint; those that it lacks count as unchanged.
+        on_resume: for each setting that is compared, whether a change is refused or logged.
         explained: functions that describe a change of a setting whose values say nothing.
     """
-    defaults, explained = defaults or {}, explained or {}
-    old = {name: saved.get(name, defaults.get(name, value)) for name, value in now.items()}
-    differing = [name for name in now if old[name] != now[name]]
-    changes = [
-        explained[name]() if name in explained else f"{name}: {old[name]} → {now[name]}"
-        for name in differing
-    ]
-    refused = [c for name, c in zip(differing, changes, strict=True) if name not in may_change]
-    if refused:
+    changes: dict[str, list[str]] = {REFUSE: [], LOG: [], IGNORE: []}
+    for name, what in on_resume.items():
+        old, new = saved.get(name, now.get(name)), now.get(name)
+        if old != new and what != IGNORE:
+            explain = explained.get(name)
+            changes[what].append(explain() if explain else f"{name}: {old} → {new}")
+    if changes[REFUSE]:
         raise UserError(
-            f"--resume {source} is a run with other settings: {'; '.join(refused)}; give the old "
-            "ones, or start again in another --output-dir (with --weights to begin from its "
-            "weights)"
+            f"--resume {source} is a run with other settings: {'; '.join(changes[REFUSE])}; give "
+            "the old ones, or start again in another --output-dir (with --weights to begin from "
+            "its weights)"
         )
-    for change in changes:
+    for change in changes[LOG]:
         logger.warning("resuming with another %s", change)
 
 

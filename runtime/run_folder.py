@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import utils
 from runtime import checkpoint, progress, summary
@@ -38,7 +37,7 @@ def open_folder(
     Raises:
         UserError: if the folder holds a run that `resume` does not continue, or is being written.
     """
-    utils.set_up_logging(processes.rank)
+    progress.set_up_logging(processes.rank)
     if test_only:
         return Path(resume) if resume else None
 
@@ -46,7 +45,7 @@ def open_folder(
         with file_errors("write", folder):
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(utils.lock_folder(folder))
-            utils.set_up_logging(0, folder / "log.txt")
+            progress.set_up_logging(0, folder / "log.txt")
             if resume == "auto":
                 checkpoint.remove_leftovers(folder)
                 return checkpoint.newest(folder)
@@ -56,55 +55,52 @@ def open_folder(
     return processes.on_main(claim)
 
 
+@dataclass(eq=False)
 class Run:
     """A training run's folder: its records, its checkpoints, and which epochs are evaluated.
 
-    Args:
+    Attributes:
         settings: the flags, "batches_per_step", and what else identifies the run.
         train_data, val_data: `coco_utils.CocoDetection` each.
-        lr: the base learning rate in use.
-        samples: how many an epoch has and how often classes come, for people.
+        sampler: of the training data, a `GroupedBatchSampler`.
         stack: closes the files that the run opens.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        state: TrainState,
-        processes: Processes,
-        should_stop: StopSignal,
-        settings: Mapping[str, Any],
-        train_data: Any,
-        val_data: Any,
-        lr: float,
-        steps_per_epoch: int,
-        samples: str,
-        stack: contextlib.ExitStack,
-    ) -> None:
-        self.folder, self.state, self.processes = folder, state, processes
-        self.should_stop, self.train_data, self.val_data = should_stop, train_data, val_data
-        self.lr, self.steps_per_epoch, self.samples = lr, steps_per_epoch, samples
-        self.settings: dict[str, Any] = {
-            k: str(v) if isinstance(v, Path) else v for k, v in settings.items()
-        }
+    folder: Path
+    state: TrainState
+    processes: Processes
+    should_stop: StopSignal
+    settings: dict[str, Any]
+    train_data: Any
+    val_data: Any
+    sampler: Any
+    stack: contextlib.ExitStack
+
+    def __post_init__(self) -> None:
+        self.settings = {k: str(v) if isinstance(v, Path) else v for k, v in self.settings.items()}
         # The parts of a checkpoint beside the state.
         self.extra: dict[str, Any] = {
             "args": self.settings,
-            "categories": val_data.label_map,
+            "categories": self.val_data.label_map,
             "versions": utils.versions(),
         }
-        if processes.is_main:  # which saves
-            splits = {"data": train_data, "val_data": val_data}
+        if self.processes.is_main:  # which saves
+            splits = {"data": self.train_data, "val_data": self.val_data}
             self.extra["data"] = {k: split.annotations.summary() for k, split in splits.items()}
-        self.global_batch = settings["batch_size"] * settings["batches_per_step"]
+        self.global_batch = self.settings["batch_size"] * self.settings["batches_per_step"]
         self.progress = progress.Progress(
-            steps_per_epoch, settings["epochs"], self.global_batch, processes.is_main
+            self.sampler.steps_per_epoch, self.settings["epochs"], self.global_batch
         )
         self.lines_seen, self.is_warned = 0, False
         self.board: Board | None = None
-        if settings["tensorboard"] and processes.is_main:
-            self.board = Board(folder / "tensorboard", state.step)
-            stack.callback(self.board.close)
+        if self.settings["tensorboard"] and self.processes.is_main:
+            self.board = Board(self.folder / "tensorboard", self.state.step)
+            self.stack.callback(self.board.close)
+
+    @property
+    def lr(self) -> float:
+        """The base learning rate in use."""
+        return float(self.state.scheduler.base_lrs[0])
 
     def start(self) -> None:
         """Log the setup, write args.json, drop records after the resumed step."""
@@ -122,22 +118,6 @@ class Run:
         with file_errors("delete", self.folder / "preempted"):
             (self.folder / "preempted").unlink(missing_ok=True)
         records = rewind_json_lines(self.folder / "metrics.jsonl", self.state.step)
-        disk, disk_warnings = summary.disk_use(
-            self.folder, self.settings, self._checkpoint_bytes(), self.steps_per_epoch
-        )
-        table = summary.setup_table(
-            self.settings,
-            self.state.model,
-            self.train_data,
-            self.val_data,
-            self.processes,
-            self.extra["versions"],
-            lr=self.lr,
-            steps_per_epoch=self.steps_per_epoch,
-            samples=self.samples,
-            step=self.state.step,
-            disk=disk,
-        )
         content = {
             **{k: v for k, v in self.extra.items() if k != "data"},
             "effective_lr": self.lr,
@@ -148,12 +128,9 @@ class Run:
                 "val_images": str(self.val_data.root),
                 "val_annotations": str(self.val_data.annotations.path),
             },
-            "summary": table,
+            "summary": summary.log_setup(self),
         }
         utils.replace_file(self.folder / "args.json", json.dumps(content, indent=2) + "\n")
-        warnings = summary.setup_warnings(self.settings, self.train_data, self.processes, self.lr)
-        title = f"{self.folder} from step {self.state.step}"
-        summary.log_table(title, table, [*warnings, *disk_warnings])
         if self.board is not None:
             self.board.training_images(self.train_data, self.state.epoch, self.state.step)
         return records
@@ -173,17 +150,6 @@ class Run:
     def _prune(self) -> None:
         if self.settings["keep_checkpoints"] is not None:
             checkpoint.prune(self.folder, self.settings["keep_checkpoints"])
-
-    def _checkpoint_bytes(self) -> int:
-        """Return the estimated size of a checkpoint; a new optimizer has no tensors yet."""
-
-        def size(tensors: Iterable[torch.Tensor]) -> int:
-            return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-        weights = size(self.state.model.state_dict().values())
-        trained = size(p for p in self.state.model.parameters() if p.requires_grad)
-        moments = 2 if self.settings["opt"] == "adamw" else int(self.settings["momentum"] > 0)
-        return weights * (1 if self.state.ema is None else 2) + trained * moments
 
     def after_step(self, line: dict[str, float] | None, stop: bool) -> bool:
         """Record a line, save if that is due; return whether the run stops here."""

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from utils import STOP_SIGNALS, logger
 
 LAUNCHER_GRACE = 8.0  # seconds to end a step and save in, once the launcher is gone
@@ -78,18 +76,6 @@ def _end_at_once(number: int) -> None:
     text = "a second %s: ended at once; --resume auto resumes from the last save"
     _log_in_thread(logging.WARNING, text, signal.Signals(number).name).join(1.0)
     os._exit(128 + number)
-
-
-def end_failed() -> None:
-    """End this process after its exception was printed, if it is one of several.
-
-    A normal exit of Python would leave NCCL's process group, and wait there for operations that
-    the others never join.
-    """
-    if dist.is_available() and dist.is_initialized():
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(1)
 
 
 def follow_launcher() -> None:

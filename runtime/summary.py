@@ -7,46 +7,21 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from runtime import checkpoint
-from runtime.distributed import Processes
 from utils import file_errors, logger, printable, usable_cores
+
+if TYPE_CHECKING:
+    from runtime.run_folder import Run
+    from runtime.train_state import TrainState
 
 RECIPE_BATCH = 16  # the global batch that the recipe's learning rate is for: 8 GPUs, 2 images each
 RECIPE_RATES = {"sgd": 0.01, "sgd_nesterov": 0.01, "adamw": 1e-4}  # published for that batch
-
-
 WAITING = 0.2  # warn if a larger share of the time is spent waiting for data
-
-
-def describe_devices(device: torch.device, world_size: int) -> str:
-    """Return the number and kind of the devices in use."""
-    if device.type == "cuda":
-        return f"{world_size} x {torch.cuda.get_device_name(device)}"
-    return f"{world_size} x cpu, {torch.get_num_threads()} threads each"
-
-
-def rate_warnings(opt: str, lr: float, global_batch: int, is_from_detector: bool) -> list[str]:
-    """Return a warning if a learning rate is not that of the recipe for the global batch.
-
-    Fine-tuning (`is_from_detector`) often uses a lower rate, so that is no warning.
-    """
-    expected = RECIPE_RATES[opt] * global_batch / RECIPE_BATCH
-    highest = 1.5 * expected
-    if opt == "adamw":  # its step does not grow with the gradient: 5e-4 works at any batch size
-        highest = 10 * max(expected, RECIPE_RATES[opt])
-    if lr <= highest and (is_from_detector or lr * 2 > expected):
-        return []
-    published = f"{RECIPE_RATES[opt]:g} for {RECIPE_BATCH} images"
-    return [
-        f"--lr {lr:g} with {opt} and a global batch of {global_batch}: the recipe's {published} "
-        f"would be {expected:g}; give that, or --scale-lr, or keep the batch with "
-        "--batch-size and --accumulate-steps"
-    ]
 
 
 def describe_weights(weights: str | None, weights_backbone: str | None, step: int) -> str:
@@ -57,41 +32,6 @@ def describe_weights(weights: str | None, weights_backbone: str | None, step: in
     elif weights_backbone:
         start = f"{weights_backbone}, of the backbone; the rest is random"
     return f"of step {step}; at the start {start}" if step else start
-
-
-def scratch_warnings(opt: str, is_from_scratch: bool, clip_grad_norm: float | None) -> list[str]:
-    """Return a warning if SGD trains random weights without clipping, which ends in NaN."""
-    if opt == "adamw" or not is_from_scratch or clip_grad_norm is not None:
-        return []
-    return [
-        f"everything is random and {opt} does not clip: such runs often end in NaN, at any batch "
-        "size; give --weights or --weights-backbone, or from scratch --opt adamw --lr 5e-4 "
-        "--wd 0.05 --clip-grad-norm 1"
-    ]
-
-
-def worker_warnings(workers: int, processes_here: int, cores: int) -> list[str]:
-    """Return a warning if there are more loader workers on this machine than cores for them."""
-    if workers * processes_here <= cores:
-        return []
-    return [
-        f"--workers {workers} for {processes_here} processes on {cores} cores: they will wait for "
-        f"each other; --workers {max(1, cores // processes_here)} uses every core once"
-    ]
-
-
-def shared_memory_warnings(workers: int, processes_here: int, batch: int, free: int) -> list[str]:
-    """Return a warning if /dev/shm, with `free` bytes, may not hold the batches of the workers.
-
-    DataLoader keeps two batches per worker there, of `batch` bytes each, and one is in use.
-    """
-    needed = 3 * workers * processes_here * batch
-    if needed <= free:
-        return []
-    return [
-        f"/dev/shm has {free / 1e6:.0f} MB free and the loader workers may need "
-        f"{needed / 1e6:.0f} MB; start docker with --ipc=host, or give --workers 0"
-    ]
 
 
 def waiting_warnings(share: float, workers: int) -> list[str]:
@@ -105,39 +45,6 @@ def waiting_warnings(share: float, workers: int) -> list[str]:
         f"{share:.0%} of the time goes into waiting for images: the {workers} loader workers of "
         f"each process are too few, give --workers {needed} if the machine has the cores"
     ]
-
-
-def precision_warnings(amp: str | None, device: torch.device) -> list[str]:
-    """Return a warning if `amp` is a precision that the device computes slowly in."""
-    if amp != "fp16" or device.type != "cpu":
-        return []
-    return [
-        "--amp fp16 on a CPU: convolutions have no fast kernels for it there and take many times "
-        "as long as in fp32; --amp bf16 is the fast one"
-    ]
-
-
-def size_warnings(policy: str, min_size: int | None, max_size: int | None) -> list[str]:
-    """Return a warning if an evaluation takes the square training size of `lsj`."""
-    if policy != "lsj" or min_size is None or min_size != max_size:
-        return []
-    return [
-        f"--min-size {min_size} --max-size {max_size} with lsj: lsj trains at its own 1024 pixels, "
-        f"so these only limit the longer side in evaluation, to {max_size}; published numbers are "
-        "at 800 and 1333, the model's own: leave both flags out"
-    ]
-
-
-def processes_on_this_machine() -> int:
-    """Return the number of the run's processes on this machine, from torchrun."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def log_table(title: str, rows: Mapping[str, str], warnings: Sequence[str]) -> None:
-    """Log the setup as a table, then each warning."""
-    logger.info("%s%s", title, "".join(f"\n  {name:14} {text}" for name, text in rows.items()))
-    for warning in warnings:
-        logger.warning("warning: %s", warning)
 
 
 def describe_repeats(factors: np.ndarray, pairs: np.ndarray, names: Sequence[str]) -> str:
@@ -159,74 +66,139 @@ def describe_repeats(factors: np.ndarray, pairs: np.ndarray, names: Sequence[str
     return f"{samples:,} an epoch of {len(factors):,} images; {', '.join(texts)}"
 
 
-def setup_table(
-    settings: Mapping[str, Any],
-    model: torch.nn.Module,
-    train_data: Any,
-    val_data: Any,
-    processes: Processes,
-    versions: Mapping[str, str],
-    *,
-    lr: float,
-    steps_per_epoch: int,
-    samples: str,
-    step: int,
-    disk: str,
-) -> dict[str, str]:
-    """Return the setup of the run as text, by name.
+def log_setup(run: Run) -> dict[str, str]:
+    """Log the setup of a run and what may be wrong with it; return the setup as text, by name."""
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pixels = run.train_data.sizes().astype(np.float64).prod(axis=1).mean()
+    shared_memory = math.inf
+    if Path("/dev/shm").is_dir():  # not on macOS
+        shared_memory = shutil.disk_usage("/dev/shm").free
+    warnings = setup_warnings(
+        run.settings,
+        run.lr,
+        processes_here,
+        usable_cores(),
+        batch_bytes=int(run.settings["batch_size"] * 3 * pixels),
+        shared_memory=shared_memory,
+    )
+    steps_per_epoch = run.sampler.steps_per_epoch
+    disk, more = disk_use(run.folder, run.settings, checkpoint_bytes(run.state), steps_per_epoch)
+    table = setup_table(run, disk)
+    rows = "".join(f"\n  {name:14} {text}" for name, text in table.items())
+    logger.info("%s from step %d%s", run.folder, run.state.step, rows)
+    for warning in [*warnings, *more]:
+        logger.warning("warning: %s", warning)
+    return table
 
-    Args:
-        settings: the flags, and "batches_per_step".
-        train_data, val_data: `coco_utils.CocoDetection` each.
-        samples: how many an epoch has and how often classes come, for people.
-    """
-    per_step = settings["batches_per_step"]
-    count = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    images = f"{len(train_data)} of {len(train_data.annotations)} images to train on"
-    classes = [printable(category["name"]) for category in train_data.label_map]
-    names = ", ".join(classes)
-    length = f"{settings['epochs']} epochs of {steps_per_epoch} steps"
-    if settings["patience"]:
-        length += f", at most: until {settings['patience']} evaluations bring no better AP"
-    return {
-        "data": f"{images}, {len(val_data)} to evaluate",
-        "classes": f"{len(classes)}: {names if len(names) <= 70 else names[:69] + '…'}",
-        "model": f"{settings['model']}, {count:,} parameters, {trained:,} of them trained",
-        "weights": describe_weights(settings["weights"], settings["weights_backbone"], step),
-        "global batch": f"{settings['batch_size'] * per_step} images: {settings['batch_size']} "
-        f"x {processes.world_size} processes x {per_step // processes.world_size} accumulated",
-        "learning rate": f"{lr:g}, {settings['opt']}",
-        "samples": printable(samples),
-        "length": length,
-        "disk": disk,
-        "precision": settings["amp"] or "fp32",
-        "devices": describe_devices(processes.device, processes.world_size),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "revision"),
-        "git revision": versions["revision"],
-    }
+
+def checkpoint_bytes(state: TrainState) -> int:
+    """Return the size of a checkpoint, but for the few bytes of plain values."""
+    weights = list(state.model.state_dict().values())
+    averages = [t for values in state.optimizer.state.values() for t in values.values()]
+    tensors = weights + (weights if state.ema is not None else []) + averages
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def setup_warnings(
-    settings: Mapping[str, Any], train_data: Any, processes: Processes, lr: float
+    settings: Mapping[str, Any],
+    lr: float,
+    processes_here: int,
+    cores: int,
+    batch_bytes: int,
+    shared_memory: float,
 ) -> list[str]:
-    """Return what may be wrong with the settings of a run, on this machine."""
-    global_batch = settings["batch_size"] * settings["batches_per_step"]
-    is_from_scratch = not (settings["weights"] or settings["weights_backbone"])
-    workers, processes_here = settings["workers"], processes_on_this_machine()
-    warnings = [
-        *rate_warnings(settings["opt"], lr, global_batch, settings["weights"]),
-        *scratch_warnings(settings["opt"], is_from_scratch, settings["clip_grad_norm"]),
-        *worker_warnings(workers, processes_here, usable_cores()),
-        *precision_warnings(settings["amp"], processes.device),
-        *size_warnings(*(settings[k] for k in ("data_augmentation", "min_size", "max_size"))),
-    ]
-    if Path("/dev/shm").is_dir():  # not on macOS
-        pixels = float(train_data.sizes().astype(np.float64).prod(axis=1).mean())
-        batch = int(settings["batch_size"] * 3 * pixels)
-        free = shutil.disk_usage("/dev/shm").free
-        warnings += shared_memory_warnings(workers, processes_here, batch, free)
+    """Return what may be wrong with the settings of a run, on this machine.
+
+    Args:
+        settings: the flags, "batches_per_step" and "device".
+        lr: the base learning rate in use.
+        processes_here: of the run, on this machine, which has `cores`.
+        batch_bytes: of the images of a micro-batch, on average.
+        shared_memory: bytes that are free in /dev/shm.
+    """
+    opt, workers, batch = settings["opt"], settings["workers"], settings["batch_size"]
+    warnings = []
+    batch *= settings["batches_per_step"]
+    expected = RECIPE_RATES[opt] * batch / RECIPE_BATCH
+    highest = 1.5 * expected
+    if opt == "adamw":  # its step does not grow with the gradient: 5e-4 works at any batch size
+        highest = 10 * max(expected, RECIPE_RATES[opt])
+    is_too_low = lr * 2 <= expected and not settings["weights"]  # fine-tuning often has less
+    if lr > highest or is_too_low:
+        warnings.append(
+            f"--lr {lr:g} with {opt} and a global batch of {batch}: the recipe's "
+            f"{RECIPE_RATES[opt]:g} for {RECIPE_BATCH} images would be {expected:g}; give that, or "
+            "--scale-lr, or keep the batch with --batch-size and --accumulate-steps"
+        )
+    is_random = not (settings["weights"] or settings["weights_backbone"])
+    if is_random and opt != "adamw" and settings["clip_grad_norm"] is None:
+        warnings.append(
+            f"everything is random and {opt} does not clip: such runs often end in NaN, at any "
+            "batch size; give --weights or --weights-backbone, or from scratch --opt adamw "
+            "--lr 5e-4 --wd 0.05 --clip-grad-norm 1"
+        )
+    if workers * processes_here > cores:
+        warnings.append(
+            f"--workers {workers} for {processes_here} processes on {cores} cores: they will wait "
+            f"for each other; --workers {max(1, cores // processes_here)} uses every core once"
+        )
+    if settings["amp"] == "fp16" and settings["device"] == "cpu":
+        warnings.append(
+            "--amp fp16 on a CPU: convolutions have no fast kernels for it there and take many "
+            "times as long as in fp32; --amp bf16 is the fast one"
+        )
+    size = settings["max_size"]
+    if settings["data_augmentation"] == "lsj" and size is not None and settings["min_size"] == size:
+        warnings.append(
+            f"--min-size {size} --max-size {size} with lsj: lsj trains at its own 1024 pixels, so "
+            f"these only limit the longer side in evaluation, to {size}; published numbers are at "
+            "800 and 1333, the model's own: leave both flags out"
+        )
+    # DataLoader keeps two batches per worker in shared memory, and one is in use.
+    needed = 3 * workers * processes_here * batch_bytes
+    if needed > shared_memory:
+        warnings.append(
+            f"/dev/shm has {shared_memory / 1e6:.0f} MB free and the loader workers may need "
+            f"{needed / 1e6:.0f} MB; start docker with --ipc=host, or give --workers 0"
+        )
     return warnings
+
+
+def setup_table(run: Run, disk: str) -> dict[str, str]:
+    """Return the setup of a run as text, by name."""
+    settings, versions, processes = run.settings, run.extra["versions"], run.processes
+    batch, per_step = settings["batch_size"], settings["batches_per_step"]
+    parameters, sampler, train = list(run.state.model.parameters()), run.sampler, run.train_data
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    classes = [printable(category["name"]) for category in train.label_map]
+    names = ", ".join(classes)
+    length = f"{settings['epochs']} epochs of {sampler.steps_per_epoch} steps"
+    if settings["patience"]:
+        length += f", at most: until {settings['patience']} evaluations bring no better AP"
+    device = f"cpu, {torch.get_num_threads()} threads each"
+    if processes.device.type == "cuda":
+        device = torch.cuda.get_device_name(processes.device)
+    pairs = train.annotations.classes_in_images(train.keep)
+    repeats = describe_repeats(sampler.factors, pairs, [n for _, n in train.annotations.categories])
+    weights, backbone = settings["weights"], settings["weights_backbone"]
+    return {
+        "data": f"{len(train)} of {len(train.annotations)} images to train on, "
+        f"{len(run.val_data)} to evaluate",
+        "classes": f"{len(classes)}: {names if len(names) <= 70 else names[:69] + '…'}",
+        "model": f"{settings['model']}, {sum(p.numel() for p in parameters):,} parameters, "
+        f"{trained:,} of them trained",
+        "weights": describe_weights(weights, backbone, run.state.step),
+        "global batch": f"{run.global_batch} images: {batch} x {processes.world_size} processes x "
+        f"{per_step // processes.world_size} accumulated",
+        "learning rate": f"{run.lr:g}, {settings['opt']}",
+        "samples": printable(repeats),
+        "length": length,
+        "disk": disk,
+        "precision": settings["amp"] or "fp32",
+        "devices": f"{processes.world_size} x {device}",
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "revision"),
+        "git revision": versions["revision"],
+    }
 
 
 def disk_use(

@@ -274,9 +274,7 @@ def make_run(folder: Path, processes: Processes = CPU, **settings: Any) -> Run:
         settings=flags | settings,
         train_data=data,
         val_data=data,
-        lr=0.1,
-        steps_per_epoch=5,
-        samples="10",
+        sampler=SimpleNamespace(steps_per_epoch=5),
         stack=contextlib.ExitStack(),
     )
 

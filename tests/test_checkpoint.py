@@ -5,6 +5,7 @@ for all n until a save gets through. Power failure is played as well: what was n
 in half first.
 """
 
+import copy
 import errno
 import logging
 import os
@@ -26,6 +27,7 @@ from helpers import flip_a_bit, sidecar, truncate, write_malice
 
 from runtime import checkpoint, resuming
 from runtime.checkpoint import NEWEST, PREVIOUS
+from runtime.flags import IGNORE, LOG, REFUSE, ArgumentParser
 from utils import UserError
 
 KILLED = 77
@@ -38,7 +40,10 @@ def state(step: int) -> dict[str, Any]:
     return {
         "model": {"w": torch.rand(40, 50, generator=generator), "n": torch.tensor(step)},
         "ema": None,
-        "optimizer": {"state": {0: {"exp_avg": torch.rand(9, generator=generator)}}},
+        "optimizer": {
+            "state": {0: {"exp_avg": torch.rand(9, generator=generator)}},
+            "param_groups": [],
+        },
         "step": step,
         "args": {"lr": 0.01, "lr_steps": [16, 22], "data_path": "/coco", "amp": None},
         "categories": [{"id": 1, "name": "Käfer", "label": 1}],
@@ -807,20 +812,40 @@ def test_a_reader_of_a_file_that_is_being_replaced_never_finds_it_damaged(tmp_pa
 # --- the same run ---------------------------------------------------------------------------------
 
 
-def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(warnings: list[str]) -> None:
-    now, defaults = {"lr": 0.1, "loss": "focal"}, {"loss": "focal"}
-    resuming.check_same_run({"lr": 0.1}, now, (), Path("c.pth"), defaults)
-    assert warnings == []
+def test_a_change_is_refused_logged_or_ignored_as_declared(warnings: list[str]) -> None:
+    saved, now = {"lr": 0.1, "wd": 0.2, "workers": 1}, {"lr": 0.3, "wd": 0.2, "workers": 2}
+    on_resume = {"lr": LOG, "wd": REFUSE, "workers": IGNORE}
+    resuming.check_same_run(saved, now, on_resume, Path("c.pth"), {})
+    assert warnings == ["resuming with another lr: 0.1 → 0.3"]
+    with pytest.raises(UserError, match="other settings: wd: 0.2 → 0.4; give the old"):
+        resuming.check_same_run(saved, now | {"wd": 0.4}, on_resume, Path("c.pth"), {})
+    assert len(warnings) == 1
+
+
+def test_a_setting_that_a_checkpoint_lacks_counts_as_its_default(
+    warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = ArgumentParser("test")
+    add = parser.group("a", on_resume=REFUSE)
+    add("--lr", default=0.1)
+    add("--loss", default="focal")
+    state, parts = _run_state()
+    state["args"] = {"lr": 0.1, "batches_per_step": 1}
+    loaded: list[Any] = []
+    parts.load_state_dict = loaded.append
+    now = {"lr": 0.1, "loss": "focal", "batches_per_step": 1}
+    path, more = Path("c.pth"), {"parser": parser, "explained": {}, "steps_per_epoch": 1}
+    resuming.resume_run(parts, state, path, settings=now, **more)
+    assert warnings == [] and loaded == [state]
     with pytest.raises(UserError, match="loss: focal → other"):
-        resuming.check_same_run({"lr": 0.1}, now | {"loss": "other"}, (), Path("c.pth"), defaults)
+        resuming.resume_run(parts, state, path, settings=now | {"loss": "other"}, **more)
 
 
 def test_changed_data_is_named_in_words_and_not_by_its_hash() -> None:
     explained = {"data": lambda: "training data: images 3 → 2"}
+    saved, now = {"data": "a" * 64}, {"data": "b" * 64}
     with pytest.raises(UserError, match="training data: images 3 → 2; give the old") as error:
-        resuming.check_same_run(
-            {"data": "a" * 64}, {"data": "b" * 64}, (), Path("c.pth"), explained=explained
-        )
+        resuming.check_same_run(saved, now, resuming.ON_RESUME, Path("c.pth"), explained)
     assert "a" * 64 not in str(error.value) and "b" * 64 not in str(error.value)
 
 
@@ -839,7 +864,7 @@ def _run_state(opt: str = "sgd", fp16: bool = False) -> tuple[dict[str, Any], tu
     state = {
         "model": model.state_dict(),
         "ema": None,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
         "scaler": scaler.state_dict(),
         "epoch": 0,
         "step": 1,
@@ -868,12 +893,18 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no optimizer": (lambda s: s.pop("optimizer"), "lacks optimizer"),
     "no position": (lambda s: s.pop("position"), "lacks position"),
     "no args": (lambda s: s.pop("args"), "lacks args"),
-    "model a list": (_change(model=[1]), "'model' is not tensors"),
-    "model of numbers": (_change(model={"0.weight": 1}), "'model' is not tensors"),
-    "ema a number": (_change(ema=3), "'ema' is not tensors"),
+    "model a list": (_change(model=[1]), "'model' is .* Expected `object`, got `array`"),
+    "model of numbers": (
+        _change(model={"0.weight": 1}),
+        "'model' is .* Expected `Tensor`, got `int`",
+    ),
+    "ema a number": (_change(ema=3), "'ema' is .* Expected `object | null`, got `int`"),
     "ema of another model": (_change(ema={"x": torch.ones(1)}), "'ema', 5 .* 0.weight is missing"),
-    "optimizer a string": (_change(optimizer="sgd"), "'optimizer' is not"),
-    "optimizer without state": (_change(optimizer={"param_groups": []}), "'optimizer' is not"),
+    "optimizer a string": (_change(optimizer="sgd"), "'optimizer' is .* got `str`"),
+    "optimizer without state": (
+        _change(optimizer={"param_groups": []}),
+        "'optimizer' is .* missing required field `state`",
+    ),
     "optimizer of another model": (
         lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
         r"'optimizer' is for \[3\] parameters by group, not \[4\]",
@@ -886,18 +917,32 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda s: s["optimizer"]["state"][0].update(momentum_buffer=torch.ones(7)),
         r"momentum_buffer 0 of its 'optimizer' is \[7\], not of shape \[3, 2\]",
     ),
-    "scaler a list": (_change(scaler=[]), "'scaler' is not"),
-    "step negative": (_change(step=-1), "'step' is not a whole number"),
-    "epoch not whole": (_change(epoch=0.5), "'epoch' is not a whole number"),
-    "position a tensor": (_change(position=torch.ones(1)), "'position' is not a whole number"),
-    "step true": (_change(step=True), "'step' is not a whole number"),
-    "window a list": (_change(window=[1.0]), "'window' is not numbers"),
-    "evaluations a list": (_change(evaluations=[0.5]), "'evaluations' is not AP by epoch"),
-    "evaluation a string": (_change(evaluations={0: "0.5"}), "'evaluations' is not AP by epoch"),
-    "evaluation of no epoch": (_change(evaluations={"0": 0.5}), "'evaluations' is not AP"),
-    "args a list": (_change(args=["--lr"]), "'args' is not flags"),
-    "batches per step 0": (_change(args={"batches_per_step": 0}), "'args' is not flags"),
-    "categories of text": (_change(categories=["a"]), "'categories' is not a list of classes"),
+    "scaler a list": (_change(scaler=[]), "'scaler' is .* got `array`"),
+    "step negative": (_change(step=-1), "'step' is .* Expected `int` >= 0"),
+    "epoch not whole": (_change(epoch=0.5), "'epoch' is .* Expected `int`, got `float`"),
+    "position a tensor": (_change(position=torch.ones(1)), "'position' is .* got `Tensor`"),
+    "step true": (_change(step=True), "'step' is .* got `bool`"),
+    "window a list": (_change(window=[1.0]), "'window' is .* got `array`"),
+    "evaluations a list": (_change(evaluations=[0.5]), "'evaluations' is .* got `array`"),
+    "evaluation a string": (
+        _change(evaluations={0: "0.5"}),
+        "'evaluations' is .* got `str`",
+    ),
+    "evaluation of no epoch": (
+        _change(evaluations={"0": 0.5}),
+        "'evaluations' is .* got `str`",
+    ),
+    "args a list": (_change(args=["--lr"]), "'args' is .* got `array`"),
+    "batches per step 0": (_change(args={"batches_per_step": 0}), "'args' is .* >= 1"),
+    "label 0": (
+        lambda s: s["categories"][0].update(label=0),
+        r"'categories' is .* >= 1 - at `\$\[0\].label`",
+    ),
+    "data a list": (_change(data=[]), "'data' is .* got `array`"),
+    "categories of text": (
+        _change(categories=["a"]),
+        r"'categories' is .* got `str` - at `\$\[0\]`",
+    ),
     "weights of another shape": (
         lambda s: s["model"].update({"1.bias": torch.ones(9)}),
         r"1 tensors differ: 1.bias has the shape \[9\], not \[1\]",

@@ -621,5 +621,5 @@ def test_detections_that_are_not_finite_are_refused_with_the_images() -> None:
     number = next(i for i, detected in enumerate(case.detections) if len(detected["scores"]))
     case.detections[number]["boxes"][0, 2] = float("nan")
     name = re.escape(f"image ids [{case.truth.image_ids[number]}]")
-    with pytest.raises(UserError, match=f"found on 1 images are not finite .{name}"):
+    with pytest.raises(UserError, match=f"scores on 1 images are not finite .{name}"):
         gathered(case)

@@ -223,18 +223,59 @@ def test_help_can_be_read_line_by_line() -> None:
         assert all(action.help and len(action.help) > 5 for action in group)
 
 
-def test_a_checkpoint_replaces_the_defaults() -> None:
+def small_parser() -> ArgumentParser:
     parser = ArgumentParser("test")
     add = parser.group("a", on_resume=REFUSE)
     add("--folder", type=Path, remember=True)
     add("--size", type=positive(int), default=3, remember=True)
+    add("--ratios", type=positive(float), nargs="+", remember=True)
+    add("--layout", choices=("coco", "voc"), default="coco", remember=True)
     add("--other", default="x", on_resume=LOG)
-    recalled = parser.recall({"folder": "f", "size": 7, "other": "y", "unknown": 1})
+    return parser
+
+
+def test_a_checkpoint_replaces_the_defaults() -> None:
+    parser = small_parser()
+    saved = {"folder": "f", "size": 7, "ratios": [0.1, 2], "layout": "voc", "other": "y"}
+    recalled = parser.recall({**saved, "unknown": 1}, "c.pth")
     args = parser.parse_args(["--size", "9"], recalled)
-    assert (args.folder, args.size, args.other) == (Path("f"), 9, "x")
-    assert parser.values(args, "a") == {"folder": Path("f"), "size": 9, "other": "x"}
-    assert parser.compared(args, LOG) == {"other": "x"}
-    assert parser.defaults() == {"folder": None, "size": 3, "other": "x"}
+    values = {"folder": Path("f"), "size": 9, "ratios": [0.1, 2.0], "layout": "voc", "other": "x"}
+    assert vars(args) == parser.values(args, "a") == values
+    assert parser.recall({"folder": None, "ratios": None}, "c.pth") == argparse.Namespace()
+    defaults = {"folder": None, "size": 3, "ratios": None, "layout": "coco", "other": "x"}
+    assert parser.defaults() == defaults
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("size", []),
+        ("size", "abc"),
+        ("size", True),
+        ("size", -1),
+        ("size", 1.5),
+        ("ratios", []),
+        ("ratios", "abc"),
+        ("ratios", [0.5, "--help"]),
+        ("ratios", [float("nan")]),
+        ("ratios", {"a": 1}),
+        ("layout", "disk"),
+        ("layout", ["coco"]),
+    ],
+)
+def test_a_value_in_a_checkpoint_that_no_command_line_gives_is_refused(
+    name: str, value: object
+) -> None:
+    with pytest.raises(UserError, match=f"^--resume c.pth: damaged, its flags: .*--{name}: "):
+        small_parser().recall({name: value}, "--resume c.pth")
+
+
+def test_the_command_line_refuses_damaged_flags_of_a_checkpoint_by_name(tmp_path: Path) -> None:
+    for name, value in (("min_size", []), ("score_thresh", "high"), ("dataset", "coco_kp")):
+        checkpoint.save({"args": {"data_path": "/coco", name: value}}, tmp_path / "c.pth")
+        flag = name.replace("_", "-")
+        with pytest.raises(UserError, match=rf"c\.pth: damaged, its flags: .*--{flag}: "):
+            train_script.parse_args(["--test-only", "--resume", str(tmp_path / "c.pth")])
 
 
 @pytest.mark.parametrize("tool", [check_data, predict])

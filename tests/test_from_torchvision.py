@@ -24,6 +24,7 @@ import train as train_script
 from models.build import build_model
 from models.weights import read_weights
 from runtime import checkpoint, resuming
+from runtime.flags import LOG, REFUSE
 from runtime.records import read_json_lines
 from utils import UserError
 
@@ -161,7 +162,8 @@ def test_a_torchvision_checkpoint_of_other_settings_or_no_run_is_refused(tmp_pat
     now = {"batch_size": 2, "seed": 0, "amp": "bf16", "lr": 0.5}
     ours = resuming.from_torchvision(checkpoint.load(path), now, 8, path)
     with pytest.raises(UserError, match="batch_size: 4 → 2; amp: fp16 → bf16; give"):
-        resuming.check_same_run(ours["args"], now, ["lr"], path)
+        on_resume = dict.fromkeys(now, REFUSE) | {"lr": LOG}
+        resuming.check_same_run(ours["args"], now, on_resume, path, {})
     weights = checkpoint.load(path)["model"]
     with pytest.raises(UserError, match="lacks model, optimizer, epoch, args; .*--weights"):
         resuming.from_torchvision(weights, now, 8, path)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -71,12 +72,19 @@ def test_check_data_shows_its_help_where_there_is_no_sched_getaffinity() -> None
     assert "--workers" in done.stdout
 
 
-def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_those_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(utils, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 5, 7}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert utils.usable_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert utils.usable_cores() == 64
+    # A container's quota: microseconds of all cores together, in how many.
+    for quota, cores in (("max 100000", 64), ("250000 100000", 3), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+        assert utils.usable_cores() == cores
 
 
 def test_one_function_counts_cores() -> None:

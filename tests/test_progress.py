@@ -14,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runtime.progress import Progress
-from runtime.summary import (
-    describe_weights,
-    precision_warnings,
-    rate_warnings,
-    scratch_warnings,
-    shared_memory_warnings,
-    waiting_warnings,
-    worker_warnings,
-)
+from runtime.summary import describe_weights, waiting_warnings
 from runtime.tensorboard import SIDE
 
 Train = Callable[..., Any]
@@ -141,49 +132,6 @@ def test_time_left_is_that_of_the_images_left() -> None:
     assert shown.time_left(31, 4.0)["run_left"] == "0:00:00"  # --epochs was lowered
 
 
-@pytest.mark.parametrize(
-    "opt, lr, batch, is_from_detector, expected",
-    [
-        ("sgd", 0.01, 16, False, None),
-        ("sgd", 0.01, 2, False, "would be 0.00125"),
-        ("sgd", 0.01, 2, True, "would be 0.00125"),
-        ("sgd", 0.00125, 2, False, None),
-        ("sgd", 0.01, 128, False, "would be 0.08"),
-        ("sgd_nesterov", 0.04, 64, False, None),
-        ("sgd", 0.001, 16, True, None),
-        ("sgd", 0.001, 16, False, "would be 0.01"),
-        ("adamw", 1e-4, 16, False, None),
-        # What README.md and docs/own_data.md advise from scratch.
-        ("adamw", 5e-4, 1, False, None),
-        ("adamw", 5e-4, 2, False, None),
-        ("adamw", 5e-4, 4, False, None),
-        ("adamw", 5e-4, 16, True, None),
-        ("adamw", 2e-3, 2, False, "would be 1.25e-05"),
-        ("adamw", 0.01, 16, False, "would be 0.0001"),
-    ],
-)
-def test_a_rate_that_does_not_fit_the_batch_is_warned_of(
-    opt: str, lr: float, batch: int, is_from_detector: bool, expected: str | None
-) -> None:
-    warnings = rate_warnings(opt, lr, batch, is_from_detector)
-    assert len(warnings) == (expected is not None)
-    assert expected is None or expected in warnings[0] and f"batch of {batch}" in warnings[0]
-
-
-@pytest.mark.parametrize("batch", [2, 16, 128])
-def test_sgd_from_scratch_without_clipping_is_warned_of_at_any_batch_size(
-    batch: int,
-) -> None:
-    lr = 0.01 * batch / 16
-    assert rate_warnings("sgd", lr, batch, False) == []
-    for opt in ("sgd", "sgd_nesterov"):
-        (warning,) = scratch_warnings(opt, True, None)
-        assert "everything is random" in warning and "--clip-grad-norm 1" in warning
-    assert scratch_warnings("adamw", True, None) == []
-    assert scratch_warnings("sgd", False, None) == []
-    assert scratch_warnings("sgd", True, 1.0) == []
-
-
 def test_the_setup_names_the_weights(on_a_terminal: tuple[Path, str]) -> None:
     folder, text = on_a_terminal  # SGD from scratch
     assert re.search(r"  weights +none: everything random", text)
@@ -194,31 +142,9 @@ def test_the_setup_names_the_weights(on_a_terminal: tuple[Path, str]) -> None:
     assert describe_weights(None, "b.pth", 7) == f"of step 7; at the start {backbone}"
 
 
-def test_more_workers_than_cores_are_warned_of() -> None:
-    assert worker_warnings(4, 8, 32) == []
-    (warning,) = worker_warnings(4, 8, 16)
-    assert "--workers 2 " in warning
-    (warning,) = worker_warnings(4, 8, 4)
-    assert "--workers 1 " in warning
-
-
 def test_waiting_for_data_is_warned_of_with_a_number_of_workers() -> None:
     assert waiting_warnings(0.2, 4) == []
     (warning,) = waiting_warnings(0.5, 4)
     assert "50%" in warning and "--workers at least 8 " in warning
     (warning,) = waiting_warnings(0.3, 0)
     assert "--workers as many as there are cores" in warning
-
-
-def test_slow_precision_is_warned_of() -> None:
-    (warning,) = precision_warnings("fp16", torch.device("cpu"))
-    assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
-    assert precision_warnings("bf16", torch.device("cpu")) == []
-    assert precision_warnings("fp16", torch.device("cuda")) == []
-
-
-def test_too_little_shared_memory_is_warned_of_with_the_fix() -> None:
-    assert shared_memory_warnings(4, 8, 1_000_000, 96_000_000) == []
-    assert shared_memory_warnings(0, 8, 1_000_000, 0) == []
-    (warning,) = shared_memory_warnings(4, 8, 1_000_000, 64_000_000)
-    assert "64 MB free" in warning and "96 MB" in warning and "--ipc=host" in warning

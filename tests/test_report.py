@@ -147,13 +147,14 @@ def test_the_newest_evaluation_is_the_highest_epoch(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as caught:
         run_command(report.main)
     message = "holds neither a run nor an evaluation; give the --output-dir of train.py"
-    assert caught.value.code == f"error: {tmp_path} {message}"
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == f"error: {tmp_path} {message}\n"
 
 
 def test_pictures_are_of_the_data_that_was_evaluated(

@@ -20,6 +20,8 @@ from data import coco_arrays, coco_json
 from runtime import checkpoint, resuming, summary
 from runtime import run_folder as run
 from runtime.distributed import join_process_group
+from runtime.flags import LOG, REFUSE
+from runtime.optimization import build_optimizer
 from runtime.records import read_json_lines
 from utils import UserError
 
@@ -71,24 +73,34 @@ def test_a_write_that_fails_on_rank_0_raises_the_same_error_on_all(tmp_path: Pat
         assert not list((tmp_path / name).glob("*.tmp"))
 
 
-def test_the_setup_has_the_disk_use_and_warns_if_it_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("opt, momentum, copies", [("sgd", 0.9, 2), ("sgd", 0, 1), ("adamw", 0, 3)])
+def test_a_checkpoint_has_the_size_that_the_setup_says(
+    tmp_path: Path, opt: str, momentum: float, copies: int
 ) -> None:
     one = make_run(tmp_path)
-    model = torch.nn.Linear(1000, 1000)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    one.state.model = model
+    one.state.model = model = torch.nn.Linear(1000, 1000)
+    one.state.optimizer = optimizer = build_optimizer(
+        model, 0.1, opt=opt, momentum=momentum, wd=0, norm_weight_decay=None
+    )
+    size = summary.checkpoint_bytes(one.state)
+    assert size == pytest.approx(4_004_000 * copies, rel=0.01)
     model(torch.zeros(1, 1000)).sum().backward()
-    size = one._checkpoint_bytes()
     optimizer.step()
     content = {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     checkpoint.save(content, tmp_path / checkpoint.NEWEST)
     assert size == pytest.approx((tmp_path / checkpoint.NEWEST).stat().st_size, rel=0.01)
 
+
+def test_the_setup_has_the_disk_use_and_warns_if_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, settings = 8_000_000, make_run(tmp_path).settings
+    (tmp_path / checkpoint.NEWEST).write_bytes(bytes(size))
+
     def use(gigabytes_free: float, **changed: Any) -> tuple[str, list[str]]:
         usage = SimpleNamespace(free=int(gigabytes_free * 1e9))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        return summary.disk_use(tmp_path, one.settings | changed, size, steps_per_epoch=5)
+        return summary.disk_use(tmp_path, settings | changed, size, steps_per_epoch=5)
 
     text, warnings = use(1)  # 3 epochs and 3 others of 8 MB
     assert text.startswith("3 model_EPOCH.pth and 3 more") and "0.048 GB; 1 GB free" in text
@@ -196,9 +208,10 @@ def test_a_resume_on_other_data_names_the_difference_without_hashes(tmp_path: Pa
         (summaries, "training data: boxes 4 → 3, boxes by class: cat 4 → 3, the first difference"),
         ({}, "training data: changed (this checkpoint does not remember"),
     ):
+        on_resume = {"data": REFUSE, "val_data": LOG}
         explained = train_script.data_changes(remembered, new, new)
         now = {"data": new.fingerprint(), "val_data": new.fingerprint()}
         with pytest.raises(UserError) as error:
-            resuming.check_same_run(saved, now, {"val_data"}, tmp_path, explained=explained)
+            resuming.check_same_run(saved, now, on_resume, tmp_path, explained)
         assert message in str(error.value) and "another --output-dir" in str(error.value)
         assert not re.search("[0-9a-f]{20}", str(error.value))

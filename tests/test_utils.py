@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import utils
 from data.worker_processes import end_with_parent, ignore_stop_signals
-from runtime import signals
+from runtime import progress, signals
 from runtime.distributed import Processes, join_process_group
 from runtime.records import append_json_line, read_json_lines, rewind_json_lines
 from runtime.signals import StopSignal, follow_launcher
@@ -642,9 +642,10 @@ PRINT = """
 import logging, sys
 from pathlib import Path
 import utils
+from runtime import progress
 
 def main():
-    utils.set_up_logging(0, Path(sys.argv[1]))
+    progress.set_up_logging(0, Path(sys.argv[1]))
     for number in range(200):
         utils.logger.info("line %d é → 猫", number)
         print("printed é → 猫", flush=True)
@@ -696,7 +697,7 @@ def test_other_processes_log_only_warnings(
 ) -> None:
     before = utils.logger.handlers, utils.logger.propagate, utils.logger.level
     try:
-        utils.set_up_logging(rank, tmp_path / "log.txt" if rank == 0 else None)
+        progress.set_up_logging(rank, tmp_path / "log.txt" if rank == 0 else None)
         utils.logger.info("a step")
         utils.logger.warning("a warning")
         printed = capsys.readouterr().out
@@ -727,7 +728,7 @@ def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
     assert utils.printable("猫 é\x1b[31m\n\x7f\x9b\udcff") == r"猫 é\x1b[31m\n\x7f\x9b\udcff"
     handlers = utils.logger.handlers, utils.logger.propagate, utils.logger.level
     try:
-        utils.set_up_logging(0, tmp_path / "log.txt")
+        progress.set_up_logging(0, tmp_path / "log.txt")
         utils.logger.info("class %s\nnext line", "cat\x1b[2J\x9b")
     finally:
         for handler in utils.logger.handlers:
@@ -740,5 +741,30 @@ def test_control_characters_of_data_do_not_reach_the_log_or_the_terminal(
     def fails() -> None:
         raise utils.UserError("cat\x1b[2J\n  second finding")
 
-    with pytest.raises(SystemExit, match=r"error: cat\\x1b\[2J\n  second finding"):
+    with pytest.raises(SystemExit) as raised:
         utils.run_command(fails)
+    assert raised.value.code == 1
+    assert capsys.readouterr().err == "error: cat\\x1b[2J\n  second finding\n"
+
+
+INTERRUPTED = """
+import utils
+from data.worker_processes import start_worker_server
+
+def main():
+    start_worker_server("slow")
+    raise KeyboardInterrupt
+
+utils.run_command(main)
+"""
+
+
+def test_ctrl_c_ends_the_server_of_workers_that_still_starts(tmp_path: Path) -> None:
+    # Otherwise a worker that it forks later fails with a traceback below the message.
+    (tmp_path / "slow.py").write_text("import time\ntime.sleep(80)\n")  # as the import of PyTorch
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, script]  # whose output stays open as long as the server lives
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")

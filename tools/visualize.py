@@ -37,10 +37,10 @@ from torch import Tensor, nn
 import coco_utils
 import presets
 import utils
-from data import checks, coco_arrays, coco_json, image_files
+from data import coco_arrays, coco_json, image_files
 from data.loading import make_loader
 from data.splits import read_splits
-from group_by_aspect_ratio import GroupedBatchSampler, aspect_ratio_groups, repeat_factors
+from group_by_aspect_ratio import GroupedBatchSampler, groups_and_factors
 from models.build import build_model, load_detector
 from models.retinanet import make_anchor_generator
 from runtime import options
@@ -118,19 +118,14 @@ def draw_batch(argv: list[str]) -> None:
     options.check_flags(flags)
     paths = anchor_fit.paths_of(flags)
     (annotations,) = read_splits(paths, ["train"])
-    if not flags.keep_empty:
-        checks.require_boxes(annotations)
-    label_map = coco_utils.label_categories(annotations.categories)
-    transforms = presets.training_transforms(flags.data_augmentation)
-    keep = None if flags.keep_empty else annotations.images_with_objects()
-    data = coco_utils.CocoDetection(
-        paths["train_images"], annotations, label_map, transforms, flags.seed, keep
+    label_map, policy = coco_utils.label_categories(annotations.categories), flags.data_augmentation
+    keep = coco_utils.trained_images(annotations, flags.keep_empty)
+    transforms = presets.training_transforms(policy)
+    folder = paths["train_images"]
+    data = coco_utils.CocoDetection(folder, annotations, label_map, transforms, flags.seed, keep)
+    groups, factors = groups_and_factors(
+        data, policy, flags.aspect_ratio_group_factor, flags.repeat_threshold
     )
-    has_groups = flags.data_augmentation not in presets.FIXED_SIZE
-    factor = flags.aspect_ratio_group_factor if has_groups else -1
-    groups = aspect_ratio_groups(data.sizes(), factor)
-    pairs = annotations.classes_in_images(data.keep)
-    factors = repeat_factors(pairs, len(data), flags.repeat_threshold)
     sampler = GroupedBatchSampler(groups, flags.batch_size, flags.seed, factors=factors)
     sampler.set_epoch(flags.epoch, 0)
     loader = make_loader(data, sampler, flags.workers, torch.device("cpu"), keep=False)
