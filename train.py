@@ -69,6 +69,7 @@ def main(args: argparse.Namespace) -> int:
         if args.workers:
             start_worker_server("data.loading")
         utils.set_determinism(args.use_deterministic_algorithms)
+        utils.set_tf32(args.tf32)
         group = join_process_group(args.device or utils.default_device())
         processes = stack.enter_context(group)
         device, rank, world_size = processes.device, processes.rank, processes.world_size

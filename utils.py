@@ -137,6 +137,17 @@ def set_determinism(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def set_tf32(allowed: bool | None) -> None:
+    """Allow or forbid TF32 in fp32 convolutions and matrix products on CUDA.
+
+    None keeps PyTorch's default, which allows it in convolutions only.
+    """
+    if allowed is not None:
+        cudnn: Any = torch.backends.cudnn
+        cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
 def derive_seed(*parts: int) -> int:
     """Mix non-negative integers, such as (seed, epoch, index), into one 63-bit seed."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1

@@ -30,6 +30,18 @@ def describe_devices(device: torch.device, world_size: int) -> str:
     return f"{world_size} x cpu, {torch.get_num_threads()} threads each"
 
 
+def describe_precision(amp: str | None, device: torch.device) -> str:
+    """Return the precision of a run, and on CUDA where TF32 takes the place of fp32."""
+    if amp or device.type != "cuda":
+        return amp or "fp32"
+    used = {
+        "convolutions": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore
+        "matrix products": torch.get_float32_matmul_precision() != "highest",
+    }
+    parts = " and ".join(name for name, is_tf32 in used.items() if is_tf32)
+    return f"fp32, with TF32 in {parts}" if parts else "fp32, without TF32"
+
+
 def rate_warnings(opt: str, lr: float, global_batch: int, is_from_detector: bool) -> list[str]:
     """Return a warning if a learning rate is not that of the recipe for the global batch.
 
@@ -199,7 +211,7 @@ def setup_table(
         "samples": printable(samples),
         "length": length,
         "disk": disk,
-        "precision": settings["amp"] or "fp32",
+        "precision": describe_precision(settings["amp"], processes.device),
         "devices": describe_devices(processes.device, processes.world_size),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "revision"),
         "git revision": versions["revision"],

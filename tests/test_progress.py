@@ -17,8 +17,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import utils
 from runtime.progress import Progress
 from runtime.summary import (
+    describe_precision,
     describe_weights,
     precision_warnings,
     rate_warnings,
@@ -210,6 +212,26 @@ def test_slow_precision_is_warned_of() -> None:
     assert "--amp fp16 on a CPU" in warning and "--amp bf16" in warning
     assert precision_warnings("bf16", torch.device("cpu")) == []
     assert precision_warnings("fp16", torch.device("cuda")) == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "allowed, expected",
+    [
+        (None, "fp32, with TF32 in convolutions"),
+        (True, "fp32, with TF32 in convolutions and matrix products"),
+        (False, "fp32, without TF32"),
+    ],
+)
+def test_the_table_names_where_tf32_is_used(allowed: bool | None, expected: str) -> None:
+    try:
+        utils.set_tf32(allowed)
+        assert describe_precision(None, torch.device("cuda")) == expected
+    finally:  # PyTorch's defaults
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("highest")
+    assert describe_precision("bf16", torch.device("cuda")) == "bf16"
+    assert describe_precision(None, torch.device("cpu")) == "fp32"
 
 
 def test_too_little_shared_memory_is_warned_of_with_the_fix() -> None:

@@ -67,7 +67,7 @@ def add_flags(add: Callable[..., Any]) -> None:
     add("--model", default="retinanet_resnet50_fpn", help="or retinanet_RESNET_fpn")
     add("--box-subnet", choices=retinanet.BOX_SUBNETS, help="of ours; sparse on a CPU, else dense")
     add("--batch-size", type=positive(int), default=2, help="images per step")
-    add("--dtype", choices=DTYPES, default="fp32", help="of both sides; tf32 is CUDA's")
+    add("--dtype", choices=DTYPES, default="fp32", help="of both sides; fp32 is without TF32")
     add("--compile", action="store_true", help="ours compiled; counts graphs over mixed sizes")
     add("--min-size", type=positive(int), default=800, help="shorter side of images, pixels")
     add("--max-size", type=positive(int), default=1333, help="longer side at most, pixels")
@@ -161,8 +161,7 @@ def run(
 
 def build(settings: Settings, steps: int, batch_size: int) -> tuple[Ours, Torchvision, list[Batch]]:
     """Build both sides with the same weights, and the batches of one turn."""
-    torch.backends.cuda.matmul.allow_tf32 = settings.dtype == "tf32"
-    torch.backends.cudnn.allow_tf32 = settings.dtype != "fp32"  # PyTorch's default is True
+    utils.set_tf32({"fp32": False, "tf32": True}.get(settings.dtype))
     torch.manual_seed(0)
     ours, theirs = Ours(settings), Torchvision(settings)
     theirs.model.load_state_dict(ours.model.state_dict())
