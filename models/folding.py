@@ -73,9 +73,10 @@ class FoldedConv2d(nn.Conv2d):
         return self._conv_forward(input, weight, shift)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
-        is_compiling = torch.compiler.is_compiling()
-        constants = _constants if is_compiling else FoldedConv2d.cached_constants
-        scale, shift, weight = constants(self, _precision(self.weight))
+        if torch.compiler.is_compiling():
+            scale, shift, weight = _constants(self, self.weight.dtype)
+        else:
+            scale, shift, weight = self.cached_constants(_precision(self.weight))
         return self.weight * scale if weight is None else weight, shift
 
     def cached_constants(self, dtype: torch.dtype) -> Constants:
