@@ -91,7 +91,7 @@ def train_one_epoch(
             weights = [batch_weight(first + rank) for rank in range(processes.world_size)]
             weight = weights[processes.rank]
             # What the model draws depends on its position in the run, not on what came before.
-            torch.manual_seed(utils.derive_seed(seed, state.epoch, first + processes.rank))
+            utils.seed_device(processes.device, seed, state.epoch, first + processes.rank)
             is_last = number == len(micro_batches) - 1
             with (
                 memory_errors(state.model, len(micro_batches), amp_dtype is not None),

@@ -56,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
     make_anchor_generator(args.anchor_sizes, args.anchor_ratios)
     parser = build_parser()
     utils.set_determinism(args.use_deterministic_algorithms)
+    utils.set_tf32(args.tf32)
     with start_processes(args.device, args.workers) as processes, contextlib.ExitStack() as stack:
         # Stop signals, log, output folder
         device, rank, world_size = processes.device, processes.rank, processes.world_size

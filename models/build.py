@@ -213,7 +213,7 @@ def load_detector(
     label_map = [{"id": c["label"], **c} for c in weights.label_map]
     model = build_model(name, label_map, load=False, **settings | post_processing)
     load_weights(model, weights, label_map)
-    return model.eval().to(device), label_map
+    return model.eval().to(device).to(memory_format=torch.channels_last), label_map
 
 
 def _build(

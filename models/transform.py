@@ -20,8 +20,8 @@ class BatchTransform(GeneralizedRCNNTransform):
     """torchvision's transform without a wait between host and device; the values are the same.
 
     torchvision copies means and ratios to the device for every image, and each copy waits. Batches
-    are channels-last, which convolutions prefer. `resize_in_training=False` leaves the size to the
-    data's augmentation.
+    have the memory format of the model, so that no convolution gets two. `resize_in_training=False`
+    leaves the size to the data's augmentation.
     """
 
     def __init__(self, base: GeneralizedRCNNTransform, resize_in_training: bool = True) -> None:
@@ -38,6 +38,8 @@ class BatchTransform(GeneralizedRCNNTransform):
         self.batches = {mode: ((0, 0, 0), (0, 0, 0)) for mode in (True, False)}
         for name, values in (("mean", base.image_mean), ("std", base.image_std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        # `model.to(memory_format=…)` changes buffers of four dimensions, too: this one shows it.
+        self.register_buffer("layout", torch.zeros(1, 2, 2, 2), persistent=False)
 
     @property
     def resizes(self) -> bool:
@@ -76,8 +78,13 @@ class BatchTransform(GeneralizedRCNNTransform):
         )
         largest = max(self.batches[self.training], key=math.prod)
         self.batches[self.training] = (len(images), height, width), largest
-        # Channels-last in memory.
-        batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)
+        is_last = self.layout.is_contiguous(memory_format=torch.channels_last)
+        batch = torch.empty(
+            (len(images), 3, height, width),
+            dtype=images[0].dtype,
+            device=images[0].device,
+            memory_format=torch.channels_last if is_last else torch.contiguous_format,
+        ).zero_()
         for padded, image in zip(batch, images, strict=True):
             padded[:, : image.shape[1], : image.shape[2]].copy_(image)
         return batch

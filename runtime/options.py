@@ -114,7 +114,7 @@ def _add_model_flags(parser: ArgumentParser) -> None:
         remember=False,
         help="where training computes the box head: sparse on a CPU, else dense; RetinaNet only",
     )
-    text = "batch statistics over all processes; CUDA only"
+    text = "batch statistics over all processes; CUDA only, and the host waits in every layer"
     add("--sync-bn", action=SWITCH, default=False, remember=False, help=text)
 
 
@@ -179,6 +179,11 @@ def _add_run_flags(parser: ArgumentParser) -> None:
         const="bf16",
         on_resume=REFUSE,
         help="mixed precision; --amp without a value is bf16",
+    )
+    add(
+        "--tf32",
+        action=SWITCH,
+        help="use TF32 for fp32 on CUDA; in convolutions only, PyTorch's default, if not set",
     )
     add("--compile", action="store_true", help="compile backbone and head (torch.compile)")
     add("--channels-last", action=SWITCH, default=True, help="memory format of weights and images")
@@ -261,6 +266,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--box-subnet sparse cannot be compiled; leave out one of the two flags")
     if args.patience and not args.eval_every:
         raise UserError("--patience counts evaluations, and --eval-every 0 makes none")
+    if args.tf32 and device != "cuda":
+        raise UserError("--tf32 is for CUDA, and this run is on a CPU; leave it out")
     if args.sync_bn and device != "cuda":
         raise UserError("--sync-bn works on CUDA only, and this run is on a CPU; leave it out")
     if args.dataset == "coco" and not args.data_path:

@@ -24,6 +24,18 @@ RECIPE_RATES = {"sgd": 0.01, "sgd_nesterov": 0.01, "adamw": 1e-4}  # published f
 WAITING = 0.2  # warn if a larger share of the time is spent waiting for data
 
 
+def describe_precision(amp: str | None, device: torch.device) -> str:
+    """Return the precision of a run, and on CUDA where TF32 takes the place of fp32."""
+    if amp or device.type != "cuda":
+        return amp or "fp32"
+    used = {
+        "convolutions": torch.backends.cudnn.conv.fp32_precision == "tf32",  # type: ignore
+        "matrix products": torch.get_float32_matmul_precision() != "highest",
+    }
+    parts = " and ".join(name for name, is_tf32 in used.items() if is_tf32)
+    return f"fp32, with TF32 in {parts}" if parts else "fp32, without TF32"
+
+
 def describe_weights(weights: str | None, weights_backbone: str | None, step: int) -> str:
     """Describe the weights of a run that starts or resumes at optimizer step `step`."""
     start = "none: everything random"
@@ -194,7 +206,7 @@ def setup_table(run: Run, disk: str) -> dict[str, str]:
         "samples": printable(repeats),
         "length": length,
         "disk": disk,
-        "precision": settings["amp"] or "fp32",
+        "precision": describe_precision(settings["amp"], processes.device),
         "devices": f"{processes.world_size} x {device}",
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items() if k != "revision"),
         "git revision": versions["revision"],

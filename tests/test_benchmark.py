@@ -186,6 +186,8 @@ def test_step_counts_no_wait_in_ours_and_many_in_torchvisions(
     # One architecture; the box subnet leaves out cells, but most are near a box in such images.
     assert 1 < rows["FLOPs per step"]["ratio"] < 1.2
     assert rows["step, fp32, batch 2"]["ours"] > 0
+    host = rows["host time of a step, fp32"]
+    assert host["ours"] > 0 and host["torchvision"] > 0
     assert rows["peak memory of a step, with weights"]["ours"] > 100  # weights, gradients, momentum
 
 
@@ -246,6 +248,28 @@ def test_flops_of_a_dense_box_subnet_are_torchvisions() -> None:
     assert benchmark_step.count_flops(ours, batches[0]) == benchmark_step.count_flops(
         theirs, batches[0]
     )
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_convolutions_are_left_out_of_host_time_only(memory_format: torch.memory_format) -> None:
+    conv = nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2)
+    x = torch.rand(2, 3, 9, 7).to(memory_format=memory_format).requires_grad_()
+
+    def results() -> list[torch.Tensor]:
+        conv.zero_grad()
+        x.grad = None
+        y = conv(x)
+        y.sum().backward()
+        grads = [x.grad, conv.weight.grad, conv.bias.grad]  # type: ignore[union-attr]
+        return [y.detach(), *(grad for grad in grads if grad is not None)]
+
+    expected = results()
+    with benchmark_step._empty_convolutions():
+        empty = results()
+    assert all(not value.any() for value in empty)
+    assert [v.shape for v in empty] == [v.shape for v in expected]
+    assert empty[0].stride() == expected[0].stride()
+    assert all(map(torch.equal, results(), expected))
 
 
 def test_tf32_on_a_cpu_is_refused_with_the_fix() -> None:

@@ -200,3 +200,30 @@ def test_a_step_folds_only_the_weights_that_train() -> None:
     trained = sum(conv.weight.requires_grad for conv in convs)
     assert count(folded)[0] == len(convs)  # the first step
     assert count(folded) == (0, trained)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weights_folded_together_have_the_bits_of_each_folded_by_itself(
+    dtype: torch.dtype | None, memory_format: torch.memory_format
+) -> None:
+    _, together = both("resnet18")
+    together = together.to(memory_format=memory_format).train()  # type: ignore[call-overload]
+    apart = copy.deepcopy(together)
+    stages = [module for module in apart.modules() if hasattr(module, "folded_convs")]
+    assert len(stages) == 5  # the first convolution, and four layers
+    for stage in stages:
+        stage._forward_pre_hooks.clear()
+    x = torch.randn(2, 3, 96, 64).to(memory_format=memory_format)
+    results = []
+    for model in (together, apart):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            outputs = model(x)
+        torch.stack([y.float().square().mean() for y in outputs.values()]).sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({**outputs, **grads})
+    assert list(results[0]) == list(results[1])
+    for name, value in results[1].items():
+        assert torch.equal(results[0][name], value), name
+        assert results[0][name].stride() == value.stride(), name
+    assert all(conv.folded is None for stage in stages for conv in stage.folded_convs)

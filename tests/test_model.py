@@ -305,6 +305,7 @@ def test_the_transform_gives_torchvisions_bits(
         expected = base(images, given_targets)
         torch.manual_seed(seed)
         assert_same_batch(ours(images, given_targets), expected)
+        ours.to(memory_format=torch.channels_last)
     assert all(map(torch.equal, images, before[0])) and all(map(torch.equal, boxes, before[1]))
 
 
@@ -325,10 +326,30 @@ def test_detections_get_torchvisions_bits_in_the_original_image(
         assert torch.equal(mine["boxes"], other["boxes"])
 
 
-def test_batches_are_channels_last() -> None:
-    _, ours = transforms(min_size=32, max_size=64)
-    images, _ = ours([torch.rand(3, 40, 50), torch.rand(3, 50, 40)])
-    assert images.tensors.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_all_convolutions_get_the_memory_format_of_the_model(
+    memory_format: torch.memory_format, dtype: torch.dtype | None
+) -> None:
+    model = build_model(RESNET18, THREE, min_size=64, max_size=96, box_subnet="dense")
+    model.to(memory_format=memory_format)
+    layouts: dict[bool, int] = {True: 0, False: 0}
+
+    def count(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        for tensor in (*inputs, module.weight, output):
+            assert isinstance(tensor, Tensor)
+            layouts[tensor.is_contiguous(memory_format=memory_format)] += 1
+
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for module in convolutions:
+        module.register_forward_hook(count)
+    images = [torch.rand(3, 64, 96), torch.rand(3, 60, 80)]
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        model.train()(images, [target, target])
+        model.eval()(images)
+    # The ten of the head run on five levels. A tensor, its weight and its result are three.
+    assert layouts == {True: 2 * 3 * (len(convolutions) + 4 * 10), False: 0}
 
 
 def test_images_keep_their_size_only_in_training_if_resizing_is_off() -> None:

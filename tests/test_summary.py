@@ -6,8 +6,10 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
-from runtime.summary import setup_warnings
+import utils
+from runtime.summary import describe_precision, setup_warnings
 
 # A run that nothing is wrong with.
 SETTINGS = {
@@ -131,3 +133,23 @@ def test_evaluating_at_the_square_size_of_lsj_is_warned_of(
         (text,) = warnings
         assert f"--min-size {min_size} --max-size {max_size}" in text and "leave both" in text
         assert f"in evaluation, to {max_size};" in text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "allowed, expected",
+    [
+        (None, "fp32, with TF32 in convolutions"),
+        (True, "fp32, with TF32 in convolutions and matrix products"),
+        (False, "fp32, without TF32"),
+    ],
+)
+def test_the_table_names_where_tf32_is_used(allowed: bool | None, expected: str) -> None:
+    try:
+        utils.set_tf32(allowed)
+        assert describe_precision(None, torch.device("cuda")) == expected
+    finally:  # PyTorch's defaults
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("highest")
+    assert describe_precision("bf16", torch.device("cuda")) == "bf16"
+    assert describe_precision(None, torch.device("cpu")) == "fp32"

@@ -56,6 +56,13 @@ def test_a_seed_is_the_same_on_every_platform_and_release(
     assert derive_seed(*parts) == seed
 
 
+def test_seeding_a_device_draws_what_seeding_all_of_them_draws() -> None:
+    utils.seed_device(torch.device("cpu"), 1, 2, 3)
+    drawn = torch.rand(5)
+    torch.manual_seed(derive_seed(1, 2, 3))
+    assert torch.equal(torch.rand(5), drawn)
+
+
 def test_seeds_differ_and_fit_every_generator() -> None:
     parts = [(s, e, i) for s in (0, 1, 2**40) for e in range(10) for i in range(200)]
     seeds = [derive_seed(*p) for p in parts]

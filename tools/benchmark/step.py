@@ -1,4 +1,4 @@
-"""The training step of RetinaNet: speed, memory, operator calls, waits, FLOPs.
+"""The training step of RetinaNet: speed, memory, operator calls, waits, FLOPs, host time.
 
 Ours is `engine.train_one_epoch` on the model of `models/`; torchvision's is its own model in the
 loop of references/detection. Both have the same weights and see the same generated images, which
@@ -12,8 +12,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -60,6 +61,10 @@ WAITS = (
 DTYPES = ("fp32", "tf32", "bf16")
 # On a CPU the reference scripts run fp32 whatever the flags, on CUDA unless told `--amp` (fp16).
 BUDGETS = {("cpu", "fp32"): 1.1, ("cpu", "bf16"): 1.8, ("cuda", "bf16"): 2.5}
+HOST_BUDGETS = {"bf16": 1.6}
+# Host time is measured on images of these pixels, with this share of the channels. An epoch has
+# work of its own, so that a turn takes several steps.
+HOST_SIDE, HOST_CHANNELS, HOST_STEPS = 32, 1 / 16, 8
 
 
 def add_flags(add: Callable[..., Any]) -> None:
@@ -68,7 +73,7 @@ def add_flags(add: Callable[..., Any]) -> None:
     add("--model", default="retinanet_resnet50_fpn", help="or retinanet_RESNET_fpn")
     add("--box-subnet", choices=retinanet.BOX_SUBNETS, help="of ours; sparse on a CPU, else dense")
     add("--batch-size", type=positive(int), default=2, help="images per step")
-    add("--dtype", choices=DTYPES, default="fp32", help="of both sides; tf32 is CUDA's")
+    add("--dtype", choices=DTYPES, default="fp32", help="of both sides; fp32 is without TF32")
     add("--compile", action="store_true", help="ours compiled; counts graphs over mixed sizes")
     add("--min-size", type=positive(int), default=800, help="shorter side of images, pixels")
     add("--max-size", type=positive(int), default=1333, help="longer side at most, pixels")
@@ -84,7 +89,7 @@ def add_flags(add: Callable[..., Any]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides have in common; sizes in pixels."""
+    """What both sides have in common; sizes in pixels; `channels` is the share that is kept."""
 
     model: str
     device: torch.device
@@ -92,6 +97,7 @@ class Settings:
     min_size: int
     max_size: int
     box_subnet: str | None = None
+    channels: float = 1
 
     @property
     def amp_dtype(self) -> torch.dtype | None:
@@ -148,26 +154,29 @@ def run(
         [measuring.in_fresh_process(step_memory, number, settings, steps, batch_size)]
         for number in (0, 1)
     ]
+    host = measuring.in_fresh_process(host_times, settings, batch_size, 3 * repeats)
     kind = "an eager step" if compile else "a step"  # its process compiles nothing
     unit = f"% of {peak / 1e12:.3g} TFLOP/s"
     return [
         *rows,
+        Row(f"host time of {kind}, {dtype}", "ms", *host, budget=HOST_BUDGETS.get(dtype)),
         Row("FLOPs per step", "GFLOP", [flops[0] / 1e9], [flops[1] / 1e9]),
         Row("share of the matmul peak", unit, shares[0], shares[1], True),
         Row(f"peak memory of {kind}, with weights", "MB", memory[0], memory[1]),
     ]
 
 
-def build(settings: Settings, steps: int, batch_size: int) -> tuple[Ours, Torchvision, list[Batch]]:
-    """Build both sides with the same weights, and the batches of one turn."""
+def build(
+    settings: Settings, steps: int, batch_size: int, longest: int = 640
+) -> tuple[Ours, Torchvision, list[Batch]]:
+    """Build both sides with the same weights, and the batches of one turn, of `longest` pixels."""
     if settings.dtype == "tf32" and settings.device.type != "cuda":
         raise UserError("--dtype tf32 is for --device cuda; use fp32 on a CPU")
-    torch.backends.cuda.matmul.allow_tf32 = settings.dtype == "tf32"
-    torch.backends.cudnn.allow_tf32 = settings.dtype != "fp32"  # PyTorch's default is True
+    utils.set_tf32({"fp32": False, "tf32": True}.get(settings.dtype))
     torch.manual_seed(0)
     ours, theirs = Ours(settings), Torchvision(settings)
     theirs.model.load_state_dict(ours.model.state_dict())
-    return ours, theirs, make_batches(steps, batch_size, settings.device)
+    return ours, theirs, make_batches(steps, batch_size, settings.device, longest)
 
 
 # --- the two sides --------------------------------------------------------------------------------
@@ -177,6 +186,8 @@ class Side:
     """A model, and how it takes a step."""
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
+        if settings.channels < 1:
+            _keep_channels(model, settings.channels)
         for module in model.modules():
             # Random weights would let residual blocks grow without end: shrink their branches.
             last = getattr(module, "bn3", None) or getattr(module, "bn2", None)
@@ -300,10 +311,12 @@ class Torchvision(Side):
         return means
 
 
-def make_batches(count: int, batch_size: int, device: torch.device) -> list[Batch]:
+def make_batches(
+    count: int, batch_size: int, device: torch.device, longest: int = 640
+) -> list[Batch]:
     """Draw batches of COCO-like sizes, of one aspect-ratio group each, with 7 boxes an image."""
     rng = np.random.default_rng(0)
-    sizes = coco_like_sizes(count * batch_size, rng)
+    sizes = np.minimum(coco_like_sizes(count * batch_size, rng), longest)
     order = epoch_batches(aspect_ratio_groups(sizes, 3), batch_size, 0, 0)
     generator = torch.Generator().manual_seed(0)
     batches: list[Batch] = []
@@ -442,6 +455,80 @@ def step_memory(side: int, settings: Settings, steps: int, batch_size: int) -> f
     if settings.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / MB
     return measuring.peak_memory() - before
+
+
+# --- host time ------------------------------------------------------------------------------------
+
+
+def host_times(
+    settings: Settings, batch_size: int, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Return the processor time of a step of either side on one thread, ms, without arithmetic.
+
+    It is what a fast GPU waits for: the host's work to launch the kernels. Images are tiny, layers
+    have a sixteenth of their channels, and on a CPU convolutions return zeros, as most of their
+    time would be oneDNN's.
+    """
+    torch.set_num_threads(1)
+    settings = dataclasses.replace(
+        settings,
+        min_size=HOST_SIDE,
+        max_size=HOST_SIDE,
+        box_subnet=settings.box_subnet or "dense",  # as on a GPU
+        channels=HOST_CHANNELS,
+    )
+    with _empty_convolutions() if settings.device.type == "cpu" else contextlib.nullcontext():
+        ours, theirs, batches = build(settings, HOST_STEPS, batch_size, HOST_SIDE)
+        turns = [functools.partial(side.run, batches) for side in (ours, theirs)]
+        measuring.in_turn(turns, 2)
+        mine, other = measuring.in_turn(turns, repeats, clock=time.process_time)
+    return [1e3 * s / HOST_STEPS for s in mine], [1e3 * s / HOST_STEPS for s in other]
+
+
+def _keep_channels(model: nn.Module, share: float) -> None:
+    """Keep this share of the channels between the layers of a RetinaNet, in place."""
+    head: Any = model.head
+    outputs = (head.classification_head.cls_logits, head.regression_head.bbox_reg)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            size, inputs = module.weight.shape[:2]
+            kept = size if module in outputs else int(size * share)
+            inputs = inputs if inputs == 3 else int(inputs * share)
+            module.weight.data = module.weight.data[:kept, :inputs].clone()
+            if module.bias is not None:
+                module.bias.data = module.bias.data[:kept].clone()
+        elif isinstance(module, FrozenBatchNorm2d):
+            for buffer in module.buffers():
+                buffer.data = buffer.data[: int(len(buffer) * share)].clone()
+
+
+@contextlib.contextmanager
+def _empty_convolutions() -> Iterator[None]:
+    """Let convolutions on a CPU, and their gradients, be zeros of the right shape and layout."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        numbers = zip(x.shape[2:], weight.shape[2:], *rest[:3], strict=True)
+        sides = [(n + 2 * pad - gap * (k - 1) - 1) // by + 1 for n, k, by, pad, gap in numbers]
+        is_last = x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if is_last else torch.contiguous_format
+        shape = (len(x), len(weight), *sides)
+        return torch.empty(shape, dtype=x.dtype, memory_format=layout).zero_()
+
+    def backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+        needs_x, needs_weight, needs_bias = rest[-1]
+        return (
+            torch.zeros_like(x) if needs_x else None,
+            torch.zeros_like(weight) if needs_weight else None,
+            grad.new_zeros(len(weight)) if needs_bias else None,
+        )
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("convolution", forward, "CPU")
+    library.impl("convolution_backward", backward, "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def _compile(ours: Ours, mixed: list[Batch], timed: list[Batch]) -> list[Row]:
