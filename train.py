@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> int:
         val = with_classes(val, saved.get("categories"))
         train = rest[0] if rest else val
         label_map = saved.get("categories") or label_categories(train.categories)
-        match_classes(label_map, val, str(resume or train.path))
+        match_classes(label_map, val, str(resume or train.title))
         val_set = CocoDetection(paths["val_images"], val, label_map)
         train_set = val_set
         if not args.test_only:

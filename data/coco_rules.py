@@ -21,7 +21,7 @@ LINE = 200  # characters of a finding at most
 
 # The rules of which each case stops a run, with the fix ...
 _ERRORS = {
-    "annotation file that is not UTF-8": "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    "annotation file that is not UTF-8": "convert it: iconv -f ENCODING -t UTF-8 FILE > NEW",
     "annotation file that is not JSON, or cut short": "correct it there, or export again",
     "annotation file that is not COCO's": "see https://cocodataset.org/#format-data",
     "lists that occur twice": "join the two: readers keep only the last",
@@ -51,6 +51,7 @@ _ERRORS = {
     "image files of another size than annotated": "correct width and height",
     "image files with 16 bits per channel": "convert them to 8 bits: magick FILE -depth 8 NEW.png",
     "image files with too many scans": "write them again: magick FILE NEW.jpg",
+    "image files that crash their decoder": "write them again, or take them out",
     "splits that name different classes": "give both the same categories",
 }
 # ... and those of which each case is used, with what is done.
@@ -73,8 +74,8 @@ _WARNINGS = {
     "boxes that look like x1 y1 x2 y2": "are they? COCO has x y w h; look: check_data --plot",
     "no box to evaluate with": "AP will be -1",
     "file names in another spelling": "the files that are there are used",
-    "image files in a slow format": "read by PIL, of an animation the first frame; JPEG and PNG "
-    "are faster",
+    "image files in a slow format": "read by PIL; JPEG and PNG are faster",
+    "image files that are animated": "the first frame is read",
     "image files turned by EXIF, which their size cannot confirm": "turned as viewers show them; "
     "look at them with tools.visualize batch",
     "image files with stray bytes": "decoded all the same",
@@ -105,7 +106,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Return one line of at most `LINE` characters, with the count and the fix."""
-        head = f"{self.severity}: {self.what}"
+        head = ("warning: " if self.severity == "warning" else "") + self.what
         head += f" ({self.count:,}): " if self.count > 1 else ": "
         room = LINE - len(head) - len(f" ({self.fix})")
         for shown in range(len(self.cases), 0, -1):
@@ -128,7 +129,7 @@ def one_line(text: str, length: int = LINE) -> str:
 
 
 def finding(
-    what: str, cases: Sequence[Any] | np.ndarray, show: Callable[[Any], str] = str
+    what: str, cases: Sequence[Any] | np.ndarray, show: Callable[[Any], str] = str, fix: str = ""
 ) -> list[Finding]:
     """Return one `Finding` over `cases` of the rule `what`, or none where there are no cases.
 
@@ -136,13 +137,14 @@ def finding(
         what: a key of `RULES`; any other is an error to be corrected.
         cases: a list or array, or `[n]` bool that says of each number whether it is a case.
         show: what to print of a case.
+        fix: replaces that of the rule.
     """
     if isinstance(cases, np.ndarray) and cases.dtype == bool:
         cases = np.flatnonzero(cases)
     if len(cases) == 0:
         return []
-    severity, fix = RULES.get(what, ("error", "correct it"))
-    return [Finding(severity, what, tuple(map(show, cases[:10])), len(cases), fix)]
+    severity, usual_fix = RULES.get(what, ("error", "correct it"))
+    return [Finding(severity, what, tuple(map(show, cases[:10])), len(cases), fix or usual_fix)]
 
 
 def is_unsafe_name(name: str) -> bool:
@@ -150,8 +152,8 @@ def is_unsafe_name(name: str) -> bool:
     return _UNSAFE_NAME.search(name) is not None
 
 
-def require_no_errors(path: Path, findings: Sequence[Finding]) -> None:
-    """Raise UserError that lists all errors among `findings` on `path`, if there are any."""
-    errors = [str(finding) for finding in findings if finding.severity == "error"]
+def require_no_errors(source: Path | str, findings: Sequence[Finding]) -> None:
+    """Raise UserError that lists all errors among `findings` on `source`, each once, if any."""
+    errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
     if errors:
-        raise UserError("\n  ".join([f"{path} cannot be used", *errors]))
+        raise UserError("\n  ".join([f"{source} cannot be used", *errors]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from data import cache as data_cache
 from data import files, image_files, labelled, voc, yolo
-from data.coco_rules import Finding
+from data.coco_rules import Finding, require_no_errors
 from data.labelled import SPLITS, Layout, Sample
 from utils import UserError
 
@@ -51,7 +51,8 @@ def coco_paths(layout_name: str, root: Path) -> dict[str, Path]:
             document = as_coco(split_rows, content.root, list(enumerate(names, start=1)))
             (folder / f"{split}.json").write_text(json.dumps(document))
             findings = [asdict(finding) for finding in content.findings.as_list()]
-            (folder / f"{split}.findings.json").write_text(json.dumps(findings))
+            origin = {"source": f"{root}: {split}", "findings": findings}
+            (folder / f"{split}.origin.json").write_text(json.dumps(origin))
 
     try:
         folder = data_cache.folder() / layout_name / name
@@ -62,11 +63,14 @@ def coco_paths(layout_name: str, root: Path) -> dict[str, Path]:
     return images | {f"{split}_annotations": folder / f"{split}.json" for split in SPLITS}
 
 
-def kept_findings(annotations: Path) -> list[Finding]:
-    """Return the warnings of the conversion that made `annotations`; none for any other file."""
-    path = annotations.with_suffix(".findings.json")
-    rows = json.loads(path.read_text()) if path.is_file() else []
-    return [Finding(**row | {"cases": tuple(row["cases"])}) for row in rows]
+def read_origin(annotations: Path) -> tuple[str, list[Finding]]:
+    """Return what `annotations` were converted from, and the warnings; for any other file none."""
+    path = annotations.with_suffix(".origin.json")
+    if not path.is_file():
+        return "", []
+    origin = json.loads(path.read_text())
+    rows = [row | {"cases": tuple(row["cases"])} for row in origin["findings"]]
+    return origin["source"], [Finding(**row) for row in rows]
 
 
 def find(layout_name: str, root: Path, lists: Mapping[str, Path] | None = None) -> Layout:
@@ -91,12 +95,8 @@ def read(layout: Layout, root: Path) -> tuple[dict[str, list[Sample]], list[str]
         UserError: lists every error in all of them.
     """
     rows = {name: layout.read(split) for name, split in layout.splits.items()}
-    for image in sorted({s.image for s in rows["train"]} & {s.image for s in rows.get("val", [])}):
-        layout.splits["val"].findings.add("images that are in train and val", image)
     findings = [finding for split in layout.splits.values() for finding in split.findings.as_list()]
-    errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
-    if errors:
-        raise UserError("\n  ".join([f"{root} cannot be used", *errors]))
+    require_no_errors(root, findings)
     names = {name for samples in rows.values() for sample in samples for name in sample.classes}
     return rows, layout.names or sorted(names)
 

@@ -43,6 +43,7 @@ class Header:
     stored: tuple[int, int]
     orientation: int  # of EXIF, 1 to 8
     is_slow: bool  # not decoded by torchvision, nor a PNG
+    is_animated: bool
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -76,9 +77,11 @@ def _header_of(image: Image.Image) -> Header:
         orientation = image.getexif().get(0x0112, 1)
     if orientation not in _EXIF_FLIPS:
         orientation = 1
-    is_animated = image.format == "WEBP" and getattr(image, "is_animated", False)
-    is_slow = image.format in ("BMP", "TIFF", "GIF") or is_animated
-    return Header((height, width), orientation, is_slow)
+    can_move = image.format in ("WEBP", "GIF", "PNG")  # frames of others are pages, or previews
+    is_animated = can_move and getattr(image, "is_animated", False)
+    # torchvision refuses an animated WebP.
+    is_slow = image.format in ("BMP", "TIFF", "GIF") or (image.format == "WEBP" and is_animated)
+    return Header((height, width), orientation, is_slow, is_animated)
 
 
 @contextmanager

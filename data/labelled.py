@@ -155,4 +155,6 @@ def read_header(path: Path, findings: Findings) -> image_files.Header | None:
         return None
     if header.is_slow:
         findings.add("image files in a slow format", path)
+    if header.is_animated:
+        findings.add("image files that are animated", path)
     return header

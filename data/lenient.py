@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,7 +86,7 @@ def read(path: Path, message: str) -> tuple[dict[str, list[Any]] | None, list[Fi
     """
     if os.path.getsize(path) > DIAGNOSED:
         return None, finding(_NOT_COCO, [message])
-    document, findings = _parse(path.read_bytes())
+    document, findings = _parse(path)
     if not isinstance(document, dict):
         seen = "a list, as in a file of detections" if isinstance(document, list) else "no object"
         return None, findings or finding(_NOT_COCO, [f"$ is {seen}"])
@@ -104,11 +105,14 @@ def read(path: Path, message: str) -> tuple[dict[str, list[Any]] | None, list[Fi
     return lists if is_whole else None, findings
 
 
-def _parse(data: bytes) -> tuple[Any, list[Finding]]:
+def _parse(path: Path) -> tuple[Any, list[Finding]]:
     """Read JSON as Python does; find where it is none, and which lists occur twice."""
+    data = path.read_bytes()
     encoding = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
-        return None, finding("annotation file that is not UTF-8", [f"it is {encoding.upper()}"])
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv calls it
+        fix = f"convert it: iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > new.json"
+        return None, finding("annotation file that is not UTF-8", [f"it is {name}"], fix=fix)
     outermost: list[tuple[str, Any]] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

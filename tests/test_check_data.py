@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     files["alpha.png"] = encoded(with_alpha(PICTURE), format="PNG")
     files["alpha.webp"] = encoded(with_alpha(PICTURE), format="WEBP")
     files["slow.gif"] = encoded(PICTURE, format="GIF")
+    moves = {"save_all": True, "append_images": [Image.new("RGB", PICTURE.size, "green")]}
+    files["moves.webp"] = encoded(PICTURE, format="WEBP", **moves)
     exif = Image.Exif()
     exif[0x0112] = 3
     files["upside_down.jpg"] = encoded(PICTURE, format="JPEG", exif=exif)
@@ -81,7 +84,8 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     expected["image files with stray bytes"] = ["stray.jpg"]
     expected["image files with an alpha channel"] = ["alpha.png", "alpha.webp"]
     expected["image files missing"] = ["missing.jpg"]
-    expected["image files in a slow format"] = ["slow.gif"]
+    expected["image files in a slow format"] = ["slow.gif", "moves.webp"]
+    expected["image files that are animated"] = ["moves.webp"]
     expected["image files turned by EXIF, which their size cannot confirm"] = ["upside_down.jpg"]
     assert set(by_rule) == set(expected)
     for rule, cases in expected.items():
@@ -93,11 +97,12 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
         "image files with stray bytes",
         "image files with an alpha channel",
         "image files in a slow format",
+        "image files that are animated",
         "image files turned by EXIF, which their size cannot confirm",
     }
     rules = {rule for rule in coco_rules.RULES if "image files" in rule}
-    # That one is in test_coco_utils.
-    assert rules - set(by_rule) == {"image files that cannot be read"}
+    # The first is in test_coco_utils, the second below.
+    assert rules - set(by_rule) == {"image files that cannot be read", check_data.CRASHED}
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
@@ -114,19 +119,31 @@ def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None
     } <= set(by_rule)
 
 
-def _die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _crash_on_some(file_name: str, size: list[int]) -> list[tuple[str, str]]:
+    """Stand in for a decoder that crashes."""
+    if file_name.startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return [(DAMAGED, "is damaged")] if file_name.startswith("bad") else []
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_dead_process_is_an_error_not_a_hang(
+@pytest.mark.parametrize("workers", [1, 2])
+def test_images_that_crash_their_decoder_are_named_and_the_others_checked(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    """The crashes are in different chunks; 2 images are opened one by one after each."""
+    names = [f"{i}.jpg" for i in range(9)]
+    names[2], names[7], names[8] = "crash2.jpg", "crash7.jpg", "bad8.jpg"
+    root = make_folder(tmp_path / "data", dict.fromkeys(names, JPEG))
     annotations, _ = coco_json.read_annotations(root / "annotations/instances_train2017.json")
-
-    monkeypatch.setattr(check_data, "_check_image", _die)
-    with pytest.raises(UserError, match="a process died opening an image"):
+    monkeypatch.setattr(check_data, "_check_image", _crash_on_some)
+    monkeypatch.setattr(check_data, "CHUNK", 2)
+    monkeypatch.setattr(check_data, "IN_FLIGHT", 4)
+    damaged, crashed = check_data.check_images(annotations, root / "train2017", workers)
+    assert damaged.cases == ("108 'bad8.jpg' is damaged",)
+    what = "ends the process that reads it"
+    assert crashed.cases == (f"102 'crash2.jpg' {what}", f"107 'crash7.jpg' {what}")
+    monkeypatch.setattr(check_data, "MOST_CRASHES", 2)
+    with pytest.raises(UserError, match=r"2 images ended the process .*crash7\.jpg; see whether"):
         check_data.check_images(annotations, root / "train2017", workers)
 
 
@@ -212,7 +229,10 @@ def test_splits_with_different_classes_are_an_error(
     ("flags", "message"),
     [
         ([], "--data-path is missing"),
-        (["--data-path", "/nowhere"], "the image folder /nowhere/train2017 does not exist"),
+        (
+            ["--data-path", "/nowhere"],
+            "cannot find the image folders /nowhere/train2017 and /nowhere/val2017; check ",
+        ),
         (["--dataset", "voc", "--data-path", "/nowhere"], "--data-path /nowhere is no folder"),
     ],
 )
@@ -231,6 +251,41 @@ def test_a_file_that_is_not_coco_is_one_finding_per_split(
         (root / "annotations" / f"instances_{split}2017.json").write_text("[]")
     assert check_data.main(["--data-path", str(root)]) == 1
     assert capsys.readouterr().out.count("annotation file that is not COCO's") == 2
+
+
+def _shift(document: Any) -> None:
+    for row in document["annotations"]:
+        row["category_id"] -= 1
+
+
+def _swap(document: Any) -> None:
+    for row in document["images"]:
+        row["width"], row["height"] = row["height"], row["width"]
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda d: d["images"][0].update(file_name="/me/a.jpg"), "file_name not below the image"),
+        (lambda d: d["annotations"][0].update(bbox=["1", "2", "3", "4"]), "bbox with numbers as"),
+        (_shift, "ids shifted by one"),
+        (_swap, "width and height that are swapped"),
+    ],
+    ids=["c20", "c07", "c23", "c50"],
+)
+def test_one_cause_is_one_error(
+    change: Callable[[Any], None], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    path = root / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    document["annotations"] = document["annotations"][:1]
+    change(document)
+    path.write_text(json.dumps(document))
+    check_data.main(["--data-path", str(root), "--splits", "train", "--json", "-j", "1"])
+    (split,) = json.loads(capsys.readouterr().out)["splits"].values()
+    errors = [f["what"] for f in split["findings"] if f["severity"] == "error"]
+    assert len(errors) == 1 and errors[0].startswith(what[:20])
 
 
 def test_the_documentation_lists_every_rule_with_its_severity_and_fix() -> None:
