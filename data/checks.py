@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.coco_arrays import MIN_SIDE, Annotations, clip, has_extent, to_xyxy
+from data.coco_arrays import MIN_SIDE, Annotations, clip, has_extent, pack_names, to_xyxy
 from data.coco_rules import MAX_PIXELS, Finding, finding, is_unsafe_name, require_no_errors
 
 MISSING = -(2**62)  # stands for a missing iscrowd, or a missing annotation id
@@ -93,7 +93,7 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
     is_large = width.astype(np.float64) * height > MAX_PIXELS
     is_unsafe = [number for number, name in enumerate(names) if is_unsafe_name(name)]
     background = [name for name in classes if name.strip("_ ").lower() == "background"]
-    is_used = np.isin(categories["id"], annotations["category_id"])
+    is_unused = ~np.isin(categories["id"], annotations["category_id"])
     ids, crowd, is_lost = annotations["id"], annotations["iscrowd"], annotations["image"] < 0
     is_wrong = ~np.isin(crowd, (0, 1, MISSING))
     is_unknown = annotations["category"] < 0
@@ -105,7 +105,8 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
         is_lost = np.zeros_like(is_lost)  # one finding for one cause
     of_categories = annotations["category_id"], "categories", categories["id"]
     if shift := _find_shift("category_id", *of_categories):
-        is_unknown, shifts = np.zeros_like(is_unknown), shifts + shift
+        is_unknown, is_unused = np.zeros_like(is_unknown), np.zeros_like(is_unused)
+        shifts += shift
     named, sized = _show(images, "file_name"), _show(images, "file_name", "width", "height")
     of_image, of_class = _show(annotations, "image_id"), _show(annotations, "category_id")
     return [
@@ -120,7 +121,7 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
         *finding("category ids that occur twice", _repeated(categories["id"])),
         *finding("category names that occur twice", _repeated(classes)),
         *finding("categories named background", background, repr),
-        *finding("categories without boxes", classes[~is_used]),
+        *finding("categories without boxes", classes[is_unused]),
         *finding(unknown, is_lost, of_image),
         *finding("annotations of an unknown category_id", is_unknown, of_class),
         *finding("ids shifted by one", shifts),
@@ -143,7 +144,7 @@ def _find_shift(field: str, used: np.ndarray, name: str, ids: np.ndarray) -> lis
 
 def _pack(path: Path, images: Columns, annotations: Columns, categories: Columns) -> Annotations:
     """Group annotations by image, and leave out those whose image or category does not exist."""
-    names = [name.encode() for name in images["file_name"]]
+    names, name_offsets = pack_names([name.encode() for name in images["file_name"]])
     order = np.argsort(annotations["image"], kind="stable")
     order = order[(annotations["image"][order] >= 0) & (annotations["category"][order] >= 0)]
     boxes, area = annotations["bbox"][order], annotations["area"][order]
@@ -154,9 +155,9 @@ def _pack(path: Path, images: Columns, annotations: Columns, categories: Columns
         path=path,
         image_ids=images["id"],
         sizes=sizes.clip(-1, 2**31 - 1).astype(np.int32),
-        names=np.frombuffer(b"".join(names), dtype=np.uint8),
-        name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
-        offsets=np.searchsorted(annotations["image"][order], np.arange(len(names) + 1)),
+        names=names,
+        name_offsets=name_offsets,
+        offsets=np.searchsorted(annotations["image"][order], np.arange(len(sizes) + 1)),
         ids=annotations["id"][order],
         boxes_xywh=boxes,
         area=area,

@@ -176,6 +176,12 @@ def _first_five(texts: Sequence[str]) -> str:
     return ", ".join(texts[:5]) + more
 
 
+def pack_names(names: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `names` and `name_offsets` of `Annotations`."""
+    offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+    return np.frombuffer(b"".join(names), dtype=np.uint8), offsets
+
+
 def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
     """Convert `[n, 4]` float64 to float32, in torchvision's order of operations."""
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows lies outside in any case

@@ -1,4 +1,4 @@
-"""Every rule on COCO data, and the findings by it: one line with the count, the cases and the fix.
+"""Every rule on data, and the findings by it: one line with the count, the cases and the fix.
 
 What has one meaning is used, and a warning counts it. What is ambiguous, or would lose something,
 is an error. A new rule is a row here and in docs/data.md, and a test.
@@ -6,9 +6,10 @@ is an error. A new rule is a row here and in docs/data.md, and a test.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ _ERRORS = {
     "image files with too many scans": "write them again: magick FILE NEW.jpg",
     "image files that crash their decoder": "write them again, or take them out",
     "splits that name different classes": "give both the same categories",
+    # of VOC and YOLO
+    "images that a list names and that are missing": "add them, or correct the list",
+    "XML files that a list names and that are missing": "add them, or correct the list",
+    "XML files that cannot be read": "correct them, or export them again",
+    "XML files that are not in the encoding they declare": "save them in it, or declare theirs",
+    "XML files without an image": "add the image, or take the file out",
+    "XML files with several images of their name": "rename the images",
+    "images with several XML files": "keep one of them",
+    "images of another size than in their XML": "correct <size>, and the boxes if they follow it",
+    "objects that cannot be read": "correct them, or take them out",
+    "images that share a label file": "rename them",
+    "label files that cannot be read": "write them again, or take them out",
+    "label lines that cannot be read": "write: class x y w h",
+    "label lines of an unknown class": "classes count from 0, in the order of names",
+    "boxes that are not shares of their image": "pixels? divide them by its width and height",
 }
 # ... and those of which each case is used, with what is done.
 _WARNINGS = {
@@ -82,6 +98,28 @@ _WARNINGS = {
     "image files with an alpha channel": "alpha is dropped",
     "classes of training that val lacks, or numbers otherwise": "matched by name",
     "images that are in train and val": "take them out of one: scores on them mislead",
+    # of VOC and YOLO
+    "images that a list names twice": "used once",
+    "boxes over the border of their image": "clipped",
+    "boxes outside of their image": "left out",
+    "XML files of which <filename> names another image": "paired by the file's name",
+    "XML files paired by <filename>": "no image has the file's name",
+    "XML files without a size": "taken from the image as viewers show it",
+    "<difficult> that is neither 0 nor 1": "taken as 0",
+    "images without an XML file": "left out",
+    "list lines with 1, 0 or -1 of one class": "all images are used, for all classes",
+    "no lists train and val": "others are used",
+    "a single VOC folder below": "it is used",
+    "paths in the YAML file that are not here": "read relative to the YAML file",
+    "paths with a backslash": "read as /",
+    "no val in the YAML file": "validation, valid or test is used",
+    "images without a label file": "used as images without objects",
+    "label files without an image": "not used",
+    "polygons": "their extent is the box",
+    "label lines with a confidence": "used without it",
+    "label lines with keypoints": "used without them",
+    "label lines without width or height": "left out",
+    "label lines that occur twice in a file": "used once",
 }
 # What can be wrong with a data set: severity, and the fix, or what is done about it.
 RULES = {what: ("error", fix) for what, fix in _ERRORS.items()} | {
@@ -145,6 +183,23 @@ def finding(
         return []
     severity, usual_fix = RULES.get(what, ("error", "correct it"))
     return [Finding(severity, what, tuple(map(show, cases[:10])), len(cases), fix or usual_fix)]
+
+
+@dataclass
+class Findings:
+    """Cases by rule, as they come in; paths are shown relative to `base`."""
+
+    base: Path = Path()
+    cases: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, rule: str, case: Path | str, detail: str = "") -> None:
+        """Add `case` + `detail` to a rule."""
+        text = os.fspath(case).removeprefix(os.path.join(self.base, ""))
+        self.cases.setdefault(rule, []).append(text + detail)
+
+    def as_list(self) -> list[Finding]:
+        """Return one finding per rule."""
+        return [each for rule, cases in self.cases.items() for each in finding(rule, cases)]
 
 
 def is_unsafe_name(name: str) -> bool:

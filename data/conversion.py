@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from data import cache as data_cache
-from data import files, image_files, labelled, voc, yolo
+from data import voc, yolo
 from data.coco_rules import Finding, require_no_errors
 from data.labelled import SPLITS, Layout, Sample
 from utils import UserError
@@ -69,8 +71,7 @@ def read_origin(annotations: Path) -> tuple[str, list[Finding]]:
     if not path.is_file():
         return "", []
     origin = json.loads(path.read_text())
-    rows = [row | {"cases": tuple(row["cases"])} for row in origin["findings"]]
-    return origin["source"], [Finding(**row) for row in rows]
+    return origin["source"], msgspec.convert(origin["findings"], list[Finding])
 
 
 def find(layout_name: str, root: Path, lists: Mapping[str, Path] | None = None) -> Layout:
@@ -121,11 +122,10 @@ def as_coco(
 
 def _key(layout: Layout) -> str:
     """Hash the code, and name, size and times of all files that a conversion reads."""
-    code = (__file__, *(module.__file__ for module in (files, image_files, labelled, voc, yolo)))
-    content = hashlib.sha256(b"".join(Path(str(path)).read_bytes() for path in code))
-    paths = [(name, path) for name, s in layout.splits.items() for path in (*s.images, *s.labels)]
-    for name, path in [*paths, *(("sources", path) for path in layout.sources)]:
-        state = path.stat() if path.is_file() else None
-        times = state and (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        content.update(os.fsencode(f"{name} {path} {times}\n"))
+    content = hashlib.sha256(data_cache.hash_code().encode())
+    paths = {name: (*split.images, *split.labels) for name, split in layout.splits.items()}
+    for name, files in (paths | {"sources": tuple(layout.sources)}).items():
+        for path in files:
+            state = data_cache.file_state(path) if path.is_file() else None
+            content.update(os.fsencode(f"{name} {path} {state}\n"))
     return content.hexdigest()

@@ -113,11 +113,11 @@ def read_image(path: Path, root: Path, size: tuple[int, int] | None = None) -> t
         ImageError: if its name leaves `root` (links may), or the file is of another format than
             `IMAGE_FORMATS`, is damaged, has 16 bits per channel, or has another size than `size`.
     """
+    if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
+        raise ImageError("lies outside", "file_name not below the image folder")
     if not path.is_file():  # a folder, or a pipe, which would keep its reader waiting
         reason = "is missing" + (": not a regular file" if path.exists() else "")
         raise ImageError(reason, "image files missing")
-    if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
-        raise ImageError("lies outside", "file_name not below the image folder")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from data.coco_rules import Findings
 from data.files import number, read_lines, read_text
-from data.labelled import Findings, Layout, Sample, Split, images_below, read_header
+from data.labelled import Layout, Sample, Split, images_below, read_header
 from utils import UserError
 
 _VAL_KEYS = ("val", "validation", "valid", "test")  # what to evaluate on: the first that is there

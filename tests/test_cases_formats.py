@@ -1397,7 +1397,7 @@ def test_convert_refuses_a_set_without_a_box_to_train_on(tmp_path: Path) -> None
     root = yolo(tmp_path / "data")
     in_files("labels/train/*.txt", lambda text: "")(root)
     command = ["yolo", str(root), str(tmp_path / "made")]
-    with pytest.raises(UserError, match=r"made: train cannot be used\n  no box to train on: no "):
+    with pytest.raises(UserError, match=r"data: train cannot be used\n  no box to train on: no "):
         convert.main(command)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     assert convert.main([*command, "--keep-empty"]) == 0

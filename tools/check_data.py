@@ -34,7 +34,7 @@ import coco_utils
 import utils
 from data import checks, coco_rules, image_files, locate, splits
 from data.coco_arrays import Annotations
-from data.coco_rules import Finding
+from data.coco_rules import Finding, Findings
 from data.splits import data_paths, require_folders
 from data.worker_processes import end_with_parent, start_worker_server
 from group_by_aspect_ratio import repeat_factors
@@ -46,6 +46,11 @@ from utils import UserError, run_command
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
 THRESHOLDS = (0.001, 0.01, 0.1, 0.3)  # for --repeat-threshold; the first is LVIS's
 MOST_CLASSES = 25  # rows of the class table on the terminal
+OF_SWAPPED_SIZES = (
+    "image files of another size than annotated",
+    "boxes partly outside of their image",
+    "boxes without width or height in their image",
+)
 CHUNK = 32  # images that a process opens at a time
 IN_FLIGHT = 1024  # images opened one by one after a crash
 CRASHED = "image files that crash their decoder"
@@ -78,10 +83,10 @@ def check_split(
         is_broken = any(finding.severity == "error" for finding in findings)
         packed, missing = locate.locate_images(packed, images)
         opened = check_images(packed, images, workers, f"{name} images")
-        if any(finding.what == "width and height that are swapped" for finding in missing):
-            opened = [f for f in opened if f.what != "image files of another size than annotated"]
         seen = {finding.what for finding in opened}
         findings = [f for f in findings + missing if f.what not in seen] + opened
+        if any(finding.what == "width and height that are swapped" for finding in findings):
+            findings = [f for f in findings if f.what not in OF_SWAPPED_SIZES]
         shorter, longer = np.maximum(packed.sizes.min(axis=1), 1), packed.sizes.max(axis=1)
         scale = np.minimum(min_size / shorter, max_size / np.maximum(longer, 1))
         findings += checks.check_sizes(packed, packed.sizes * scale[:, None])
@@ -95,58 +100,53 @@ def check_images(
 ) -> list[Finding]:
     """Open every image in `workers` processes; on a terminal with a progress bar.
 
-    If a process dies, one process opens the next images one by one, to see which image it was.
-
     Raises:
-        UserError: if too many processes die.
+        UserError: if too many images end the process that reads them.
     """
-    cases: dict[str, list[str]] = {}
-    bar = tqdm(desc=title, total=len(annotations), unit="", disable=not sys.stderr.isatty())
-    one_by_one = False
-    with bar:
-        while bar.n < len(annotations):
-            number, count = bar.n, IN_FLIGHT if one_by_one else len(annotations)
-            numbers = range(number, min(number + count, len(annotations)))
-            try:
-                for problems in _check_some(annotations, root, numbers, workers, one_by_one):
-                    _add_cases(cases, annotations.describe(bar.n), problems)
-                    bar.update()
-                one_by_one = False
-            except BrokenProcessPool:
-                if one_by_one:
-                    problems = [(CRASHED, "ends the process that reads it")]
-                    _add_cases(cases, annotations.describe(bar.n), problems)
-                    bar.update()
-                if len(cases.get(CRASHED, [])) == MOST_CRASHES:
-                    raise UserError(
-                        f"{MOST_CRASHES} images ended the process that read them, the last is "
-                        f"{root / annotations.file_name(number)}; see whether memory runs out"
-                    ) from None
-                one_by_one = True
-    order = list(coco_rules.RULES)
-    return [
-        f for rule in sorted(cases, key=order.index) for f in coco_rules.finding(rule, cases[rule])
-    ]
+    findings = Findings()
+    opened = _open_images(annotations, root, max(1, workers))
+    bar = tqdm(opened, title, len(annotations), unit="", disable=not sys.stderr.isatty())
+    for number, problems in enumerate(bar):
+        for rule, detail in problems:
+            findings.add(rule, f"{annotations.describe(number)} {detail}".rstrip())
+    return findings.as_list()
 
 
-def _check_some(
-    annotations: Annotations, root: Path, numbers: range, workers: int, one_by_one: bool
+def _open_images(
+    annotations: Annotations, root: Path, workers: int
 ) -> Iterator[list[tuple[str, str]]]:
-    """Yield what is wrong with the images `numbers`, in order."""
-    with ProcessPoolExecutor(
-        max_workers=1 if one_by_one else max(1, workers),
-        mp_context=multiprocessing.get_context("forkserver"),
-        initializer=_start_worker,
-        initargs=(root,),
-    ) as pool:
-        sizes = annotations.sizes[numbers.start : numbers.stop].tolist()
-        names = map(annotations.file_name, numbers)
-        yield from pool.map(_check_image, names, sizes, chunksize=1 if one_by_one else CHUNK)
+    """Yield the rules that each image breaks, in order.
 
-
-def _add_cases(cases: dict[str, list[str]], image: str, problems: list[tuple[str, str]]) -> None:
-    for rule, detail in problems:
-        cases.setdefault(rule, []).append(f"{image} {detail}".rstrip())
+    If a process dies, the next images are opened one by one, which shows the image that ends it.
+    """
+    number = crashes = 0
+    one_by_one = False
+    while number < len(annotations):
+        end = min(number + IN_FLIGHT, len(annotations)) if one_by_one else len(annotations)
+        names = map(annotations.file_name, range(number, end))
+        sizes = annotations.sizes[number:end].tolist()
+        try:
+            with ProcessPoolExecutor(
+                max_workers=1 if one_by_one else workers,
+                mp_context=multiprocessing.get_context("forkserver"),
+                initializer=_start_worker,
+                initargs=(root,),
+            ) as pool:
+                chunk = 1 if one_by_one else CHUNK
+                for problems in pool.map(_check_image, names, sizes, chunksize=chunk):
+                    number += 1
+                    yield problems
+            one_by_one = False
+        except BrokenProcessPool:
+            if one_by_one:
+                number, crashes = number + 1, crashes + 1
+                yield [(CRASHED, "ends the process that reads it")]
+            if crashes == MOST_CRASHES:
+                raise UserError(
+                    f"{crashes} images ended the process that read them, the last is "
+                    f"{root / annotations.file_name(number - 1)}; see whether memory runs out"
+                ) from None
+            one_by_one = True
 
 
 _root: Path

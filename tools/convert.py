@@ -139,11 +139,15 @@ def split_samples(
 def write(
     samples: dict[str, list[Sample]],
     categories: list[tuple[int, str]],
+    source: Path,
     output: Path,
     copy: bool,
     keep_empty: bool,
 ) -> None:
     """Write train2017/, val2017/ and annotations/ below `output`, all of it or nothing.
+
+    Args:
+        source: the folder of the samples, for messages.
 
     Raises:
         UserError: if `output` is there, or cannot be written; or if there is no box to train on,
@@ -152,32 +156,35 @@ def write(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already; give a new folder")
     unfinished = output.with_name(f".{output.name}.tmp")
-    with file_errors("write", output):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / "annotations").mkdir(parents=True)
-        for split, rows in samples.items():
-            root = Path(os.path.commonpath([os.fspath(sample.image.parent) for sample in rows]))
-            for image in {sample.image for sample in rows}:  # COCO images may share a file
-                path = unfinished / f"{split}2017" / os.path.relpath(image, root)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if copy:
-                    shutil.copyfile(image, path)
-                else:
-                    path.symlink_to(image)
-            document = conversion.as_coco(rows, root, categories)
-            path = unfinished / "annotations" / f"instances_{split}2017.json"
-            path.write_text(json.dumps(document), encoding="utf-8")
-        try:
-            path = unfinished / "annotations" / "instances_train2017.json"
-            annotations, _ = coco_json.read_annotations(path)
+    try:
+        with file_errors("write", output):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / "annotations").mkdir(parents=True)
+            roots = {
+                split: Path(os.path.commonpath([os.fspath(sample.image.parent) for sample in rows]))
+                for split, rows in samples.items()
+            }
+            for split, root in roots.items():
+                document = conversion.as_coco(samples[split], root, categories)
+                path = unfinished / "annotations" / f"instances_{split}2017.json"
+                path.write_text(json.dumps(document), encoding="utf-8")
             if not keep_empty:
-                checks.require_boxes(dataclasses.replace(annotations, source=f"{output}: train"))
-        except UserError:
-            shutil.rmtree(unfinished)
-            raise
-        if output.exists():
-            output.rmdir()
-        os.replace(unfinished, output)
+                path = unfinished / "annotations" / "instances_train2017.json"
+                train, _ = coco_json.read_annotations(path)
+                checks.require_boxes(dataclasses.replace(train, source=f"{source}: train"))
+            for split, root in roots.items():
+                for image in {sample.image for sample in samples[split]}:  # COCO's may share a file
+                    path = unfinished / f"{split}2017" / os.path.relpath(image, root)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if copy:
+                        shutil.copyfile(image, path)
+                    else:
+                        path.symlink_to(image)
+            if output.exists():
+                output.rmdir()
+            os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -233,7 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     names = sorted(os.path.relpath(image, folder) for image in shared)
     for warning in coco_rules.finding("images that are in train and val", names, repr):
         logger.warning("%s: %s", folder.name, warning)
-    write(samples, categories, Path(os.path.abspath(flags.output)), flags.copy, flags.keep_empty)
+    output = Path(os.path.abspath(flags.output))
+    write(samples, categories, folder, output, flags.copy, flags.keep_empty)
     for split, rows in samples.items():
         print(f"{split}: {len(rows)} images, {sum(len(s.boxes) for s in rows)} boxes")
     print(f"train on it: python train.py --data-path {flags.output} --output-dir runs/mydata")
