@@ -220,8 +220,8 @@ def _corner_statistics(boxes: np.ndarray, limit: np.ndarray) -> list[str]:
     if fits.mean() < 0.98:
         return []
     if leaves.mean() >= 0.1:
-        text = f"{leaves.sum():,} of {len(boxes):,} leave the image as x y w h, {(~fits).sum()} so"
-        return [text]
+        as_corners = f"{(~fits).sum()} as corners"
+        return [f"{leaves.sum():,} of {len(boxes):,} leave the image as x y w h, {as_corners}"]
     if len(boxes) < 10 * FEW_BOXES:
         return []
     first, last = first / limit, last / limit

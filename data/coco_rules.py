@@ -89,7 +89,7 @@ _WARNINGS = {
     "boxes partly outside of their image": "clipped to train",
     "boxes that look like x1 y1 x2 y2": "are they? COCO has x y w h; look: check_data --plot",
     "no box to evaluate with": "AP will be -1",
-    "file names in another spelling": "the files that are there are used",
+    "file names in another spelling": "the matching files are used",
     "image files in a slow format": "read by PIL; JPEG and PNG are faster",
     "image files that are animated": "the first frame is read",
     "image files turned by EXIF, which their size cannot confirm": "turned as viewers show them; "

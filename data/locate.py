@@ -111,7 +111,7 @@ def _other_suffix(name: str, folders: _Folders) -> str:
 
 
 def _find_spelling(name: str, folders: _Folders) -> str | None:
-    """Return the name of the file that is there for `name`, None if there is none.
+    """Return the name of the file that `name` means, None if there is none.
 
     Each change is tried by itself and on top of those before it.
     """

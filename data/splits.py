@@ -35,7 +35,7 @@ def data_paths(
 
 
 def require_folders(paths: dict[str, Path], splits: Sequence[str]) -> None:
-    """Raise UserError, in one line, unless the image folders of `splits` are there."""
+    """Raise UserError, in one line, unless the image folders of `splits` exist."""
     missing = [str(p) for p in (paths[f"{s}_images"] for s in sorted(splits)) if not p.is_dir()]
     if missing:
         folders = f"image folder{'s' * (len(missing) > 1)} {' and '.join(missing)}"

@@ -588,7 +588,7 @@ def test_boxes_of_two_corners_are_detected_by_statistics(
 
     read(folder(tmp_path, rows("annotations", corners)))
     (message,) = [t for t in caplog.messages if "train2017" in t and "x1 y1 x2 y2" in t]
-    assert "4 of 8 leave the image as x y w h, 0 so (are they?" in message
+    assert "4 of 8 leave the image as x y w h, 0 as corners (are they?" in message
 
 
 @pytest.mark.parametrize("as_corners", [True, False])

@@ -1199,7 +1199,7 @@ def test_convert_keeps_the_split_of_each_layout(tmp_path: Path) -> None:
         require_right_boxes(converted(tmp_path / name), ("red", "blue"))
     assert (tmp_path / "a/train2017/t0.png").is_symlink()
     assert not (tmp_path / "b/train2017/t0.png").is_symlink()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         convert.main(["coco", str(tmp_path / "b"), str(tmp_path / "c")])
 
 

@@ -150,11 +150,11 @@ def write(
         source: the folder of the samples, for messages.
 
     Raises:
-        UserError: if `output` is there, or cannot be written; or if there is no box to train on,
+        UserError: if `output` exists, or cannot be written; or if there is no box to train on,
             unless `keep_empty`.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already; give a new folder")
+        raise UserError(f"{output} exists already; give a new folder")
     unfinished = output.with_name(f".{output.name}.tmp")
     try:
         with file_errors("write", output):
