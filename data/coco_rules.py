@@ -54,21 +54,6 @@ _ERRORS = {
     "image files with too many scans": "write them again: magick FILE NEW.jpg",
     "image files that crash their decoder": "write them again, or take them out",
     "splits that name different classes": "give both the same categories",
-    # of VOC and YOLO
-    "images that a list names and that are missing": "add them, or correct the list",
-    "XML files that a list names and that are missing": "add them, or correct the list",
-    "XML files that cannot be read": "correct them, or export them again",
-    "XML files that are not in the encoding they declare": "save them in it, or declare theirs",
-    "XML files without an image": "add the image, or take the file out",
-    "XML files with several images of their name": "rename the images",
-    "images with several XML files": "keep one of them",
-    "images of another size than in their XML": "correct <size>, and the boxes if they follow it",
-    "objects that cannot be read": "correct them, or take them out",
-    "images that share a label file": "rename them",
-    "label files that cannot be read": "write them again, or take them out",
-    "label lines that cannot be read": "write: class x y w h",
-    "label lines of an unknown class": "classes count from 0, in the order of names",
-    "boxes that are not shares of their image": "pixels? divide them by its width and height",
 }
 # ... and those of which each case is used, with what is done.
 _WARNINGS = {
@@ -98,7 +83,25 @@ _WARNINGS = {
     "image files with an alpha channel": "alpha is dropped",
     "classes of training that val lacks, or numbers otherwise": "matched by name",
     "images that are in train and val": "take them out of one: scores on them mislead",
-    # of VOC and YOLO
+}
+# The same on VOC and YOLO folders.
+_FOLDER_ERRORS = {
+    "images that a list names and that are missing": "add them, or correct the list",
+    "XML files that a list names and that are missing": "add them, or correct the list",
+    "XML files that cannot be read": "correct them, or export them again",
+    "XML files that are not in the encoding they declare": "save them in it, or declare theirs",
+    "XML files without an image": "add the image, or take the file out",
+    "XML files with several images of their name": "rename the images",
+    "images with several XML files": "keep one of them",
+    "images of another size than in their XML": "correct <size>, and the boxes if they follow it",
+    "objects that cannot be read": "correct them, or take them out",
+    "images that share a label file": "rename them",
+    "label files that cannot be read": "write them again, or take them out",
+    "label lines that cannot be read": "write: class x y w h",
+    "label lines of an unknown class": "classes count from 0, in the order of names",
+    "boxes that are not shares of their image": "pixels? divide them by its width and height",
+}
+_FOLDER_WARNINGS = {
     "images that a list names twice": "used once",
     "boxes over the border of their image": "clipped",
     "boxes outside of their image": "left out",
@@ -121,10 +124,14 @@ _WARNINGS = {
     "label lines without width or height": "left out",
     "label lines that occur twice in a file": "used once",
 }
-# What can be wrong with a data set: severity, and the fix, or what is done about it.
+# What can be wrong with data: severity, and the fix, or what is done about it.
+FOLDER_RULES = {what: ("error", fix) for what, fix in _FOLDER_ERRORS.items()} | {
+    what: ("warning", rule) for what, rule in _FOLDER_WARNINGS.items()
+}
 RULES = {what: ("error", fix) for what, fix in _ERRORS.items()} | {
     what: ("warning", rule) for what, rule in _WARNINGS.items()
 }
+RULES |= FOLDER_RULES
 # What a file of images to be submitted, such as COCO's image_info_test-dev2017.json, may lack.
 UNANNOTATED = ("no list of annotations", "no categories")
 
