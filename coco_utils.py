@@ -26,7 +26,8 @@ from data.checks import require_boxes
 from data.coco_arrays import Annotations, clip, has_extent, to_xyxy
 from data.coco_rules import Finding, finding, require_no_errors
 from data.image_files import ImageError, read_image
-from utils import UserError, derive_seed, logger, printable
+from data.splits import log_warnings
+from utils import UserError, derive_seed, printable
 
 
 def label_categories(categories: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
@@ -86,9 +87,8 @@ def match_classes(
         UserError: if `annotations` have a class that the label map does not have, or none of them.
     """
     findings = class_findings(label_map, annotations, source)
-    require_no_errors(annotations.path, findings)
-    for warning in findings:
-        logger.warning("%s: %s", annotations.path.name, warning)
+    require_no_errors(annotations.title, findings)
+    log_warnings(annotations, findings)
 
 
 def trained_images(annotations: Annotations, keep_empty: bool) -> np.ndarray | None:
@@ -263,7 +263,7 @@ def with_classes(
         return annotations
     if not label_map:
         raise UserError(
-            f"{annotations.path} has no categories; add them, or give by --resume a checkpoint of "
+            f"{annotations.title} has no categories; add them, or give by --resume a checkpoint of "
             "train.py, which knows its classes"
         )
     categories = sorted((category["id"], category["name"]) for category in label_map)

@@ -215,7 +215,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if self.val_loss and not self.data.annotations.is_annotated:
-            path = self.data.annotations.path
+            path = self.data.annotations.title
             raise UserError(f"--val-loss: {path} has no annotations; leave it out")
 
     def run(

@@ -211,7 +211,7 @@ def read_data(
     val, train = splits[0], splits[-1]
     label_map = saved.get("categories") or label_categories(train.categories)
     for split in splits:
-        match_classes(label_map, split, str(resume or train.path))
+        match_classes(label_map, split, str(resume or train.title))
     val_set = CocoDetection(paths["val_images"], val, label_map)
     if args.test_only:
         return val_set, val_set

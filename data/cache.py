@@ -20,6 +20,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 import utils
@@ -32,7 +33,7 @@ CACHED_FROM = 50_000_000  # bytes: smaller files are read in 0.3 s, which is not
 ARRAYS = [field.name for field in fields(Annotations) if field.type == "np.ndarray"]
 CLOCK_TICK = 0.02  # seconds: the times of files move every 10 ms at worst (Linux with HZ=100)
 _PIECE = 2**22  # bytes hashed at a time
-_ABOUT, _WRITTEN = "about.json", "written.json"
+_REST, _WRITTEN = "about.json", "written.json"
 
 
 def folder() -> Path:
@@ -127,13 +128,13 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     """
     if not path.is_file() or path.stat().st_size < CACHED_FROM:
         return coco_json.examine(path)
-    state, examined = _state(path), []
+    state, examined = file_state(path), []
 
     def build(target: Path) -> None:
         annotations, findings = coco_json.examine(path)
         examined.append((annotations, findings))
         require_no_errors(path, findings)
-        if _state(path) != state:
+        if file_state(path) != state:
             raise UserError(f"{path} changed while it was read; start again when it is complete")
         assert annotations is not None
         _save(target, annotations, findings)
@@ -141,11 +142,10 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
     try:
         name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
         target = folder() / "annotations" / f"{path.stem}-{name}"
-        code = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
-        built_once(target, [_content(path, state, target), hashlib.sha256(code).hexdigest()], build)
+        built_once(target, [_content(path, state, target), hash_code()], build)
         return _load(target, path)
     except UserError:  # with errors in it, it is not kept
-        if not examined or _state(path) != state:
+        if not examined or file_state(path) != state:
             raise
         return examined[0]
     except OSError as error:  # also where there is no home
@@ -154,14 +154,20 @@ def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
         return annotations, findings + finding("annotations that cannot be cached", [case])
 
 
-def _state(path: Path) -> list[int]:
+def hash_code() -> str:
+    """Return a hash of all code in this folder, which decides what is derived from data."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def file_state(path: Path) -> list[int]:
     """Return what changes with every write to a file: size, mtime and ctime.
 
     No program can set back the ctime, unlike the mtime. File systems without a ctime of their own
     leave it to size and mtime.
     """
-    about = path.stat()
-    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _content(path: Path, state: list[int], target: Path) -> str:
@@ -170,43 +176,39 @@ def _content(path: Path, state: list[int], target: Path) -> str:
     Known hashes are kept beside `target`: one for each machine that shares the cache, and has its
     own copy of the file.
     """
-    seen = target.with_name(f".{target.name}.seen.json")
+    seen, name = target.with_name(f".{target.name}.seen.json"), str(state)
 
-    def known() -> list[Any]:
+    def read_hashes() -> dict[str, str]:
         try:
-            return [[list(was), str(content)] for was, content in json.loads(seen.read_text())]
+            return dict(json.loads(seen.read_text()))
         except (OSError, ValueError, TypeError):
-            return []
+            return {}
 
-    def find() -> str | None:
-        return next((content for was, content in known() if was == state), None)
-
-    if content := find():
-        return content
+    if name in (hashes := read_hashes()):
+        return hashes[name]
     with _locked(seen):
-        if content := find():
-            return content
-        time.sleep(CLOCK_TICK)  # a change in the tick of `state` comes before the file is read
-        content = _hash(path)
-        seen.write_text(json.dumps([*known(), [state, content]][-100:]))
-        return content
+        if name not in (hashes := read_hashes()):
+            time.sleep(CLOCK_TICK)  # a change in the tick of `state` comes before the file is read
+            hashes[name] = _hash(path)
+            seen.write_text(json.dumps(dict(list(hashes.items())[-100:])))
+    return hashes[name]
 
 
 def _save(target: Path, annotations: Annotations, findings: list[Finding]) -> None:
     for name in ARRAYS:
         np.save(target / f"{name}.npy", getattr(annotations, name), allow_pickle=False)
-    about = {"categories": annotations.categories, "findings": list(map(asdict, findings))}
-    (target / _ABOUT).write_text(json.dumps(about))
+    rest = {"categories": annotations.categories, "findings": list(map(asdict, findings))}
+    (target / _REST).write_text(json.dumps(rest))
 
 
 def _load(target: Path, path: Path) -> tuple[Annotations, list[Finding]]:
     """Map the arrays into memory."""
-    about = json.loads((target / _ABOUT).read_text())
+    rest = json.loads((target / _REST).read_text())
     arrays: dict[str, Any] = {
         # As plain arrays: each slice of a memmap object costs microseconds more.
         name: np.asarray(np.load(target / f"{name}.npy", mmap_mode="r", allow_pickle=False))
         for name in ARRAYS
     }
-    findings = [Finding(**each | {"cases": tuple(each["cases"])}) for each in about["findings"]]
-    categories = tuple(map(tuple, about["categories"]))
+    categories = tuple(map(tuple, rest["categories"]))
+    findings = msgspec.convert(rest["findings"], list[Finding])
     return Annotations(path=path, categories=categories, **arrays), findings

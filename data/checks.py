@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.coco_arrays import MIN_SIDE, Annotations, clip, has_extent, to_xyxy
+from data.coco_arrays import MIN_SIDE, Annotations, clip, has_extent, pack_names, to_xyxy
 from data.coco_rules import MAX_PIXELS, Finding, finding, is_unsafe_name, require_no_errors
 
 MISSING = -(2**62)  # stands for a missing iscrowd, or a missing annotation id
@@ -93,16 +93,20 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
     is_large = width.astype(np.float64) * height > MAX_PIXELS
     is_unsafe = [number for number, name in enumerate(names) if is_unsafe_name(name)]
     background = [name for name in classes if name.strip("_ ").lower() == "background"]
-    is_used = np.isin(categories["id"], annotations["category_id"])
+    is_unused = ~np.isin(categories["id"], annotations["category_id"])
     ids, crowd, is_lost = annotations["id"], annotations["iscrowd"], annotations["image"] < 0
     is_wrong = ~np.isin(crowd, (0, 1, MISSING))
+    is_unknown = annotations["category"] < 0
     unknown = "annotations of an unknown image_id"
     if len(names) and is_lost.all():
         unknown = "annotations that all are of an unknown image_id"
-    shifts = [
-        *_find_shift("image_id", annotations["image_id"], "images", images["id"]),
-        *_find_shift("category_id", annotations["category_id"], "categories", categories["id"]),
-    ]
+    shifts = _find_shift("image_id", annotations["image_id"], "images", images["id"])
+    if shifts:
+        is_lost = np.zeros_like(is_lost)  # one finding for one cause
+    of_categories = annotations["category_id"], "categories", categories["id"]
+    if shift := _find_shift("category_id", *of_categories):
+        is_unknown, is_unused = np.zeros_like(is_unknown), np.zeros_like(is_unused)
+        shifts += shift
     named, sized = _show(images, "file_name"), _show(images, "file_name", "width", "height")
     of_image, of_class = _show(annotations, "image_id"), _show(annotations, "category_id")
     return [
@@ -117,9 +121,9 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
         *finding("category ids that occur twice", _repeated(categories["id"])),
         *finding("category names that occur twice", _repeated(classes)),
         *finding("categories named background", background, repr),
-        *finding("categories without boxes", classes[~is_used]),
+        *finding("categories without boxes", classes[is_unused]),
         *finding(unknown, is_lost, of_image),
-        *finding("annotations of an unknown category_id", annotations["category"] < 0, of_class),
+        *finding("annotations of an unknown category_id", is_unknown, of_class),
         *finding("ids shifted by one", shifts),
         *finding("iscrowd that is not 0 or 1", is_wrong, _show(annotations, "iscrowd")),
         *finding("annotations without iscrowd", ids[crowd == MISSING]),
@@ -140,7 +144,7 @@ def _find_shift(field: str, used: np.ndarray, name: str, ids: np.ndarray) -> lis
 
 def _pack(path: Path, images: Columns, annotations: Columns, categories: Columns) -> Annotations:
     """Group annotations by image, and leave out those whose image or category does not exist."""
-    names = [name.encode() for name in images["file_name"]]
+    names, name_offsets = pack_names([name.encode() for name in images["file_name"]])
     order = np.argsort(annotations["image"], kind="stable")
     order = order[(annotations["image"][order] >= 0) & (annotations["category"][order] >= 0)]
     boxes, area = annotations["bbox"][order], annotations["area"][order]
@@ -151,9 +155,9 @@ def _pack(path: Path, images: Columns, annotations: Columns, categories: Columns
         path=path,
         image_ids=images["id"],
         sizes=sizes.clip(-1, 2**31 - 1).astype(np.int32),
-        names=np.frombuffer(b"".join(names), dtype=np.uint8),
-        name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
-        offsets=np.searchsorted(annotations["image"][order], np.arange(len(names) + 1)),
+        names=names,
+        name_offsets=name_offsets,
+        offsets=np.searchsorted(annotations["image"][order], np.arange(len(sizes) + 1)),
         ids=annotations["id"][order],
         boxes_xywh=boxes,
         area=area,
@@ -216,8 +220,8 @@ def _corner_statistics(boxes: np.ndarray, limit: np.ndarray) -> list[str]:
     if fits.mean() < 0.98:
         return []
     if leaves.mean() >= 0.1:
-        text = f"{leaves.sum():,} of {len(boxes):,} leave the image as x y w h, {(~fits).sum()} so"
-        return [text]
+        as_corners = f"{(~fits).sum()} as corners"
+        return [f"{leaves.sum():,} of {len(boxes):,} leave the image as x y w h, {as_corners}"]
     if len(boxes) < 10 * FEW_BOXES:
         return []
     first, last = first / limit, last / limit
@@ -239,7 +243,7 @@ def check_sizes(annotations: Annotations, resized: np.ndarray) -> list[Finding]:
 
 def require_pixels(annotations: Annotations, resized: np.ndarray) -> None:
     """Raise UserError for images that resizing to `resized` leaves without a pixel."""
-    require_no_errors(annotations.path, check_sizes(annotations, resized))
+    require_no_errors(annotations.title, check_sizes(annotations, resized))
 
 
 def boxes_findings(annotations: Annotations, for_training: bool) -> list[Finding]:
@@ -265,15 +269,21 @@ def boxes_findings(annotations: Annotations, for_training: bool) -> list[Finding
 
 def require_boxes(annotations: Annotations) -> None:
     """Raise UserError, with the reason, if there is no box to train on."""
-    require_no_errors(annotations.path, boxes_findings(annotations, for_training=True))
+    require_no_errors(annotations.title, boxes_findings(annotations, for_training=True))
 
 
 def overlap_findings(
     train: tuple[Annotations, Path], val: tuple[Annotations, Path]
 ) -> list[Finding]:
     """Find images that are in both splits, each of which is (annotations, image folder)."""
-    is_same = os.path.samefile(train[0].path, val[0].path) or os.path.samefile(train[1], val[1])
-    if not is_same:
-        return []
-    names = [{split.file_name(i) for i in range(len(split))} for split, _ in (train, val)]
-    return finding("images that are in train and val", sorted(names[0] & names[1]), repr)
+    folders = [os.path.realpath(folder) for _, folder in (train, val)]
+    if os.path.samefile(train[0].path, val[0].path):
+        folders = ["/", "/"]  # one file for both splits: only the names count
+    elif os.path.commonpath(folders) not in folders:
+        return []  # quick: COCO has 123,000 names
+    names = [
+        {os.path.join(folder, split.file_name(i)) for i in range(len(split))}
+        for folder, (split, _) in zip(folders, (train, val), strict=True)
+    ]
+    shared = sorted(os.path.relpath(name, folders[0]) for name in names[0] & names[1])
+    return finding("images that are in train and val", shared, repr)

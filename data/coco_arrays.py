@@ -38,6 +38,7 @@ class Annotations:
         category_index: `[N]` int32 into `categories`.
         categories: (id, name), ascending by id.
         is_annotated: False if the file has no list of annotations, so that nothing can be scored.
+        source: what messages call the file where the user did not write it.
     """
 
     path: Path
@@ -53,6 +54,12 @@ class Annotations:
     category_index: np.ndarray
     categories: tuple[tuple[int, str], ...]
     is_annotated: bool = True
+    source: str = ""
+
+    @property
+    def title(self) -> str:
+        """What messages call the file."""
+        return self.source or str(self.path)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -167,6 +174,12 @@ def differences(what: str, old: dict[str, Any] | None, annotations: Annotations)
 def _first_five(texts: Sequence[str]) -> str:
     more = f" and {len(texts) - 5} more" if len(texts) > 5 else ""
     return ", ".join(texts[:5]) + more
+
+
+def pack_names(names: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `names` and `name_offsets` of `Annotations`."""
+    offsets = np.cumsum([0, *map(len, names)], dtype=np.int64)
+    return np.frombuffer(b"".join(names), dtype=np.uint8), offsets
 
 
 def to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:

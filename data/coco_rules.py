@@ -1,4 +1,4 @@
-"""Every rule on COCO data, and the findings by it: one line with the count, the cases and the fix.
+"""Every rule on data, and the findings by it: one line with the count, the cases and the fix.
 
 What has one meaning is used, and a warning counts it. What is ambiguous, or would lose something,
 is an error. A new rule is a row here and in docs/data.md, and a test.
@@ -6,9 +6,10 @@ is an error. A new rule is a row here and in docs/data.md, and a test.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ LINE = 200  # characters of a finding at most
 
 # The rules of which each case stops a run, with the fix ...
 _ERRORS = {
-    "annotation file that is not UTF-8": "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    "annotation file that is not UTF-8": "convert it: iconv -f ENCODING -t UTF-8 FILE > NEW",
     "annotation file that is not JSON, or cut short": "correct it there, or export again",
     "annotation file that is not COCO's": "see https://cocodataset.org/#format-data",
     "lists that occur twice": "join the two: readers keep only the last",
@@ -51,6 +52,7 @@ _ERRORS = {
     "image files of another size than annotated": "correct width and height",
     "image files with 16 bits per channel": "convert them to 8 bits: magick FILE -depth 8 NEW.png",
     "image files with too many scans": "write them again: magick FILE NEW.jpg",
+    "image files that crash their decoder": "write them again, or take them out",
     "splits that name different classes": "give both the same categories",
 }
 # ... and those of which each case is used, with what is done.
@@ -72,9 +74,9 @@ _WARNINGS = {
     "boxes partly outside of their image": "clipped to train",
     "boxes that look like x1 y1 x2 y2": "are they? COCO has x y w h; look: check_data --plot",
     "no box to evaluate with": "AP will be -1",
-    "file names in another spelling": "the files that are there are used",
-    "image files in a slow format": "read by PIL, of an animation the first frame; JPEG and PNG "
-    "are faster",
+    "file names in another spelling": "the matching files are used",
+    "image files in a slow format": "read by PIL; JPEG and PNG are faster",
+    "image files that are animated": "the first frame is read",
     "image files turned by EXIF, which their size cannot confirm": "turned as viewers show them; "
     "look at them with tools.visualize batch",
     "image files with stray bytes": "decoded all the same",
@@ -82,10 +84,54 @@ _WARNINGS = {
     "classes of training that val lacks, or numbers otherwise": "matched by name",
     "images that are in train and val": "take them out of one: scores on them mislead",
 }
-# What can be wrong with a data set: severity, and the fix, or what is done about it.
+# The same on VOC and YOLO folders.
+_FOLDER_ERRORS = {
+    "images that a list names and that are missing": "add them, or correct the list",
+    "XML files that a list names and that are missing": "add them, or correct the list",
+    "XML files that cannot be read": "correct them, or export them again",
+    "XML files that are not in the encoding they declare": "save them in it, or declare theirs",
+    "XML files without an image": "add the image, or take the file out",
+    "XML files with several images of their name": "rename the images",
+    "images with several XML files": "keep one of them",
+    "images of another size than in their XML": "correct <size>, and the boxes if they follow it",
+    "objects that cannot be read": "correct them, or take them out",
+    "images that share a label file": "rename them",
+    "label files that cannot be read": "write them again, or take them out",
+    "label lines that cannot be read": "write: class x y w h",
+    "label lines of an unknown class": "classes count from 0, in the order of names",
+    "boxes that are not shares of their image": "pixels? divide them by its width and height",
+}
+_FOLDER_WARNINGS = {
+    "images that a list names twice": "used once",
+    "boxes over the border of their image": "clipped",
+    "boxes outside of their image": "left out",
+    "XML files of which <filename> names another image": "paired by the file's name",
+    "XML files paired by <filename>": "no image has the file's name",
+    "XML files without a size": "taken from the image as viewers show it",
+    "<difficult> that is neither 0 nor 1": "taken as 0",
+    "images without an XML file": "left out",
+    "list lines with 1, 0 or -1 of one class": "all images are used, for all classes",
+    "no lists train and val": "others are used",
+    "a single VOC folder below": "it is used",
+    "paths in the YAML file that are not here": "read relative to the YAML file",
+    "paths with a backslash": "read as /",
+    "no val in the YAML file": "validation, valid or test is used",
+    "images without a label file": "used as images without objects",
+    "label files without an image": "not used",
+    "polygons": "their extent is the box",
+    "label lines with a confidence": "used without it",
+    "label lines with keypoints": "used without them",
+    "label lines without width or height": "left out",
+    "label lines that occur twice in a file": "used once",
+}
+# What can be wrong with data: severity, and the fix, or what is done about it.
+FOLDER_RULES = {what: ("error", fix) for what, fix in _FOLDER_ERRORS.items()} | {
+    what: ("warning", rule) for what, rule in _FOLDER_WARNINGS.items()
+}
 RULES = {what: ("error", fix) for what, fix in _ERRORS.items()} | {
     what: ("warning", rule) for what, rule in _WARNINGS.items()
 }
+RULES |= FOLDER_RULES
 # What a file of images to be submitted, such as COCO's image_info_test-dev2017.json, may lack.
 UNANNOTATED = ("no list of annotations", "no categories")
 
@@ -105,7 +151,7 @@ class Finding:
 
     def __str__(self) -> str:
         """Return one line of at most `LINE` characters, with the count and the fix."""
-        head = f"{self.severity}: {self.what}"
+        head = ("warning: " if self.severity == "warning" else "") + self.what
         head += f" ({self.count:,}): " if self.count > 1 else ": "
         room = LINE - len(head) - len(f" ({self.fix})")
         for shown in range(len(self.cases), 0, -1):
@@ -128,7 +174,7 @@ def one_line(text: str, length: int = LINE) -> str:
 
 
 def finding(
-    what: str, cases: Sequence[Any] | np.ndarray, show: Callable[[Any], str] = str
+    what: str, cases: Sequence[Any] | np.ndarray, show: Callable[[Any], str] = str, fix: str = ""
 ) -> list[Finding]:
     """Return one `Finding` over `cases` of the rule `what`, or none where there are no cases.
 
@@ -136,13 +182,31 @@ def finding(
         what: a key of `RULES`; any other is an error to be corrected.
         cases: a list or array, or `[n]` bool that says of each number whether it is a case.
         show: what to print of a case.
+        fix: replaces that of the rule.
     """
     if isinstance(cases, np.ndarray) and cases.dtype == bool:
         cases = np.flatnonzero(cases)
     if len(cases) == 0:
         return []
-    severity, fix = RULES.get(what, ("error", "correct it"))
-    return [Finding(severity, what, tuple(map(show, cases[:10])), len(cases), fix)]
+    severity, usual_fix = RULES.get(what, ("error", "correct it"))
+    return [Finding(severity, what, tuple(map(show, cases[:10])), len(cases), fix or usual_fix)]
+
+
+@dataclass
+class Findings:
+    """Cases by rule, as they come in; paths are shown relative to `base`."""
+
+    base: Path = Path()
+    cases: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, rule: str, case: Path | str, detail: str = "") -> None:
+        """Add `case` + `detail` to a rule."""
+        text = os.fspath(case).removeprefix(os.path.join(self.base, ""))
+        self.cases.setdefault(rule, []).append(text + detail)
+
+    def as_list(self) -> list[Finding]:
+        """Return one finding per rule."""
+        return [each for rule, cases in self.cases.items() for each in finding(rule, cases)]
 
 
 def is_unsafe_name(name: str) -> bool:
@@ -150,8 +214,8 @@ def is_unsafe_name(name: str) -> bool:
     return _UNSAFE_NAME.search(name) is not None
 
 
-def require_no_errors(path: Path, findings: Sequence[Finding]) -> None:
-    """Raise UserError that lists all errors among `findings` on `path`, if there are any."""
-    errors = [str(finding) for finding in findings if finding.severity == "error"]
+def require_no_errors(source: Path | str, findings: Sequence[Finding]) -> None:
+    """Raise UserError that lists all errors among `findings` on `source`, each once, if any."""
+    errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
     if errors:
-        raise UserError("\n  ".join([f"{path} cannot be used", *errors]))
+        raise UserError("\n  ".join([f"{source} cannot be used", *errors]))

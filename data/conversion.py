@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from data import cache as data_cache
-from data import files, image_files, labelled, voc, yolo
-from data.coco_rules import Finding
+from data import voc, yolo
+from data.coco_rules import Finding, require_no_errors
 from data.labelled import SPLITS, Layout, Sample
 from utils import UserError
 
@@ -51,7 +53,8 @@ def coco_paths(layout_name: str, root: Path) -> dict[str, Path]:
             document = as_coco(split_rows, content.root, list(enumerate(names, start=1)))
             (folder / f"{split}.json").write_text(json.dumps(document))
             findings = [asdict(finding) for finding in content.findings.as_list()]
-            (folder / f"{split}.findings.json").write_text(json.dumps(findings))
+            origin = {"source": f"{root}: {split}", "findings": findings}
+            (folder / f"{split}.origin.json").write_text(json.dumps(origin))
 
     try:
         folder = data_cache.folder() / layout_name / name
@@ -62,11 +65,13 @@ def coco_paths(layout_name: str, root: Path) -> dict[str, Path]:
     return images | {f"{split}_annotations": folder / f"{split}.json" for split in SPLITS}
 
 
-def kept_findings(annotations: Path) -> list[Finding]:
-    """Return the warnings of the conversion that made `annotations`; none for any other file."""
-    path = annotations.with_suffix(".findings.json")
-    rows = json.loads(path.read_text()) if path.is_file() else []
-    return [Finding(**row | {"cases": tuple(row["cases"])}) for row in rows]
+def read_origin(annotations: Path) -> tuple[str, list[Finding]]:
+    """Return what `annotations` were converted from, and the warnings; for any other file none."""
+    path = annotations.with_suffix(".origin.json")
+    if not path.is_file():
+        return "", []
+    origin = json.loads(path.read_text())
+    return origin["source"], msgspec.convert(origin["findings"], list[Finding])
 
 
 def find(layout_name: str, root: Path, lists: Mapping[str, Path] | None = None) -> Layout:
@@ -91,12 +96,8 @@ def read(layout: Layout, root: Path) -> tuple[dict[str, list[Sample]], list[str]
         UserError: lists every error in all of them.
     """
     rows = {name: layout.read(split) for name, split in layout.splits.items()}
-    for image in sorted({s.image for s in rows["train"]} & {s.image for s in rows.get("val", [])}):
-        layout.splits["val"].findings.add("images that are in train and val", image)
     findings = [finding for split in layout.splits.values() for finding in split.findings.as_list()]
-    errors = dict.fromkeys(str(finding) for finding in findings if finding.severity == "error")
-    if errors:
-        raise UserError("\n  ".join([f"{root} cannot be used", *errors]))
+    require_no_errors(root, findings)
     names = {name for samples in rows.values() for sample in samples for name in sample.classes}
     return rows, layout.names or sorted(names)
 
@@ -121,11 +122,10 @@ def as_coco(
 
 def _key(layout: Layout) -> str:
     """Hash the code, and name, size and times of all files that a conversion reads."""
-    code = (__file__, *(module.__file__ for module in (files, image_files, labelled, voc, yolo)))
-    content = hashlib.sha256(b"".join(Path(str(path)).read_bytes() for path in code))
-    paths = [(name, path) for name, s in layout.splits.items() for path in (*s.images, *s.labels)]
-    for name, path in [*paths, *(("sources", path) for path in layout.sources)]:
-        state = path.stat() if path.is_file() else None
-        times = state and (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        content.update(os.fsencode(f"{name} {path} {times}\n"))
+    content = hashlib.sha256(data_cache.hash_code().encode())
+    paths = {name: (*split.images, *split.labels) for name, split in layout.splits.items()}
+    for name, files in (paths | {"sources": tuple(layout.sources)}).items():
+        for path in files:
+            state = data_cache.file_state(path) if path.is_file() else None
+            content.update(os.fsencode(f"{name} {path} {state}\n"))
     return content.hexdigest()

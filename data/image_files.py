@@ -43,6 +43,7 @@ class Header:
     stored: tuple[int, int]
     orientation: int  # of EXIF, 1 to 8
     is_slow: bool  # not decoded by torchvision, nor a PNG
+    is_animated: bool
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -76,9 +77,11 @@ def _header_of(image: Image.Image) -> Header:
         orientation = image.getexif().get(0x0112, 1)
     if orientation not in _EXIF_FLIPS:
         orientation = 1
-    is_animated = image.format == "WEBP" and getattr(image, "is_animated", False)
-    is_slow = image.format in ("BMP", "TIFF", "GIF") or is_animated
-    return Header((height, width), orientation, is_slow)
+    can_move = image.format in ("WEBP", "GIF", "PNG")  # frames of others are pages, or previews
+    is_animated = can_move and getattr(image, "is_animated", False)
+    # torchvision refuses an animated WebP.
+    is_slow = image.format in ("BMP", "TIFF", "GIF") or (image.format == "WEBP" and is_animated)
+    return Header((height, width), orientation, is_slow, is_animated)
 
 
 @contextmanager
@@ -110,11 +113,11 @@ def read_image(path: Path, root: Path, size: tuple[int, int] | None = None) -> t
         ImageError: if its name leaves `root` (links may), or the file is of another format than
             `IMAGE_FORMATS`, is damaged, has 16 bits per channel, or has another size than `size`.
     """
+    if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
+        raise ImageError("lies outside", "file_name not below the image folder")
     if not path.is_file():  # a folder, or a pipe, which would keep its reader waiting
         reason = "is missing" + (": not a regular file" if path.exists() else "")
         raise ImageError(reason, "image files missing")
-    if not os.path.abspath(path).startswith(os.path.join(os.path.abspath(root), "")):
-        raise ImageError("lies outside", "file_name not below the image folder")
     try:
         data = path.read_bytes()
     except OSError as error:

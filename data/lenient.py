@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import msgspec
 
 from data.checks import MISSING
-from data.coco_rules import Finding, finding
+from data.coco_rules import Finding, Findings, finding
 
 DIAGNOSED = 2**31  # bytes up to which Python reads a file again, to list every fault
 _NOT_COCO = "annotation file that is not COCO's"
@@ -85,30 +86,32 @@ def read(path: Path, message: str) -> tuple[dict[str, list[Any]] | None, list[Fi
     """
     if os.path.getsize(path) > DIAGNOSED:
         return None, finding(_NOT_COCO, [message])
-    document, findings = _parse(path.read_bytes())
+    document, findings = _parse(path)
     if not isinstance(document, dict):
         seen = "a list, as in a file of detections" if isinstance(document, list) else "no object"
         return None, findings or finding(_NOT_COCO, [f"$ is {seen}"])
-    cases: dict[str, list[str]] = {}
+    problems = Findings()
     lists, is_whole = {}, True
     for name in expected_lists(document):
         rows = document.get(name)
         if isinstance(rows, list):
-            lists[name] = _correct_rows(f"$.{name}", rows, LISTS[name], cases)
+            lists[name] = _correct_rows(f"$.{name}", rows, LISTS[name], problems)
             is_whole &= name == "annotations" or len(lists[name]) == len(rows)
         else:
             seen = "an object, not a list" if isinstance(rows, dict) else "no list"
-            cases.setdefault(_NOT_COCO, []).append(f"$.{name} is {seen}")
+            problems.add(_NOT_COCO, f"$.{name} is {seen}")
             is_whole = False
-    findings += [found for rule, texts in cases.items() for found in finding(rule, texts)]
-    return lists if is_whole else None, findings
+    return lists if is_whole else None, findings + problems.as_list()
 
 
-def _parse(data: bytes) -> tuple[Any, list[Finding]]:
+def _parse(path: Path) -> tuple[Any, list[Finding]]:
     """Read JSON as Python does; find where it is none, and which lists occur twice."""
+    data = path.read_bytes()
     encoding = json.detect_encoding(data)
     if not encoding.startswith("utf-8"):
-        return None, finding("annotation file that is not UTF-8", [f"it is {encoding.upper()}"])
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")  # as iconv calls it
+        fix = f"convert it: iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > new.json"
+        return None, finding("annotation file that is not UTF-8", [f"it is {name}"], fix=fix)
     outermost: list[tuple[str, Any]] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,16 +135,16 @@ def _parse(data: bytes) -> tuple[Any, list[Finding]]:
 
 
 def _correct_rows(
-    path: str, rows: list[Any], kind: type[msgspec.Struct], cases: dict[str, list[str]]
+    path: str, rows: list[Any], kind: type[msgspec.Struct], findings: Findings
 ) -> list[dict[str, Any]]:
-    """Correct the entries of a list in place; return those that are right; add to `cases`."""
+    """Correct the entries of a list in place; return those that are right; add to `findings`."""
 
     def add(rule: str, row: int, field: str = "") -> None:
         text = f"{path}[{row}]"
         if field:
             value = f"= {json.dumps(rows[row][field])[:60]}" if field in rows[row] else "is missing"
             text += f".{field} {value} (id {rows[row].get('id')})"
-        cases.setdefault(rule, []).append(text)
+        findings.add(rule, text)
 
     wrong = {i for i, row in enumerate(rows) if not isinstance(row, dict)}
     for i in sorted(wrong):

@@ -9,40 +9,37 @@ import os
 import unicodedata
 import urllib.parse
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from data.checks import check_boxes
-from data.coco_arrays import Annotations
+from data.coco_arrays import Annotations, pack_names
 from data.coco_rules import Finding, finding, is_unsafe_name
 from data.image_files import ImageError, read_header
 
 LOOKED_AT = 32  # images of each split whose headers are read at the start
 
 
-class _Folders(dict[bytes, set[bytes]]):
+class _Folders:
     """The names of the files in each folder below `root`; each folder is listed once."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__()
-        self.root = os.fsencode(root)
-        self._by_lower_suffix: dict[str, dict[str, list[str]]] = {}
+        self.root = os.path.abspath(root)
+        self.files = functools.cache(self._files)
+        self.by_lower_suffix = functools.cache(self._by_lower_suffix)
 
-    def __missing__(self, folder: bytes) -> set[bytes]:
-        path = os.path.join(self.root, folder)
+    def _files(self, folder: bytes) -> set[bytes]:
+        path = os.path.join(os.fsencode(self.root), folder)
         entries = os.scandir(path) if b"\0" not in path and os.path.isdir(path) else ()
-        self[folder] = {entry.name for entry in entries if entry.is_file()}
-        return self[folder]
+        return {entry.name for entry in entries if entry.is_file()}
 
-    def same_but_suffix(self, folder: str, name: str) -> list[str]:
-        """Return the files of `folder` that differ from `name` at most in the suffix's case."""
-        if folder not in self._by_lower_suffix:
-            table = self._by_lower_suffix[folder] = defaultdict(list)
-            for other in map(os.fsdecode, self[os.fsencode(folder)]):
-                table[_lower_suffix(other)].append(other)
-        return self._by_lower_suffix[folder].get(_lower_suffix(name), [])
+    def _by_lower_suffix(self, folder: str) -> dict[str, list[str]]:
+        table = defaultdict(list)
+        for name in map(os.fsdecode, self.files(os.fsencode(folder))):
+            table[_lower_suffix(name)].append(name)
+        return table
 
 
 def _lower_suffix(name: str) -> str:
@@ -61,15 +58,12 @@ def locate_images(annotations: Annotations, root: Path) -> tuple[Annotations, li
     """
     folders = _Folders(root)
     offsets, text = annotations.name_offsets.tolist(), annotations.names.tobytes()
-
-    def names() -> Iterator[bytes]:
-        return (text[start:end] for start, end in itertools.pairwise(offsets))
-
+    names = [text[start:end] for start, end in itertools.pairwise(offsets)]
     spelled: dict[int, bytes] = {}
     missing = []
-    for number, name in enumerate(names()):
+    for number, name in enumerate(names):
         folder, _, last = name.rpartition(b"/")
-        if last not in folders[folder]:
+        if last not in folders.files(folder):
             spelling = _find_spelling(name.decode(), folders)
             if spelling is None:
                 missing.append(number)
@@ -87,16 +81,12 @@ def locate_images(annotations: Annotations, root: Path) -> tuple[Annotations, li
     )
     located = annotations
     if spelled:
-        before = list(names())
-        used = [spelled.get(number, name) for number, name in enumerate(before)]
-        count, old_count = Counter(used), Counter(before)
-        shared = {used[i].decode() for i in spelled if count[used[i]] > old_count[before[i]]}
+        used = [spelled.get(number, name) for number, name in enumerate(names)]
+        count, old_count = Counter(used), Counter(names)
+        shared = {used[i].decode() for i in spelled if count[used[i]] > old_count[names[i]]}
         findings += finding("images that share a file", sorted(shared), repr)
-        located = dataclasses.replace(
-            annotations,
-            names=np.frombuffer(b"".join(used), dtype=np.uint8),
-            name_offsets=np.cumsum([0, *map(len, used)], dtype=np.int64),
-        )
+        packed, name_offsets = pack_names(used)
+        located = dataclasses.replace(annotations, names=packed, name_offsets=name_offsets)
     is_there = np.ones(len(annotations), bool)
     is_there[missing] = False
     if (annotations.sizes == 0).any():
@@ -108,7 +98,7 @@ def locate_images(annotations: Annotations, root: Path) -> tuple[Annotations, li
 
 def _without_folder(name: str, folders: _Folders) -> str:
     """Leave out the folders with which the image folder's path ends, the most that fit."""
-    parts, last = name.split("/"), Path(os.path.abspath(os.fsdecode(folders.root))).parts
+    parts, last = name.split("/"), Path(folders.root).parts
     counts = [n for n in range(len(parts) - 1, 0, -1) if tuple(parts[:n]) == last[-n:]]
     return "/".join(parts[counts[0] :]) if counts else name
 
@@ -116,12 +106,12 @@ def _without_folder(name: str, folders: _Folders) -> str:
 def _other_suffix(name: str, folders: _Folders) -> str:
     """Return the one file that differs from `name` in the case of its suffix only, else `name`."""
     folder, slash, last = name.rpartition("/")
-    same = folders.same_but_suffix(folder, last)
+    same = folders.by_lower_suffix(folder).get(_lower_suffix(last), [])
     return folder + slash + same[0] if len(same) == 1 else name
 
 
 def _find_spelling(name: str, folders: _Folders) -> str | None:
-    """Return the name of the file that is there for `name`, None if there is none.
+    """Return the name of the file that `name` means, None if there is none.
 
     Each change is tried by itself and on top of those before it.
     """
@@ -138,7 +128,7 @@ def _find_spelling(name: str, folders: _Folders) -> str | None:
         for spelled in map(change, list(spellings)):
             if spelled not in spellings and not is_unsafe_name(spelled):
                 folder, _, last = os.fsencode(spelled).rpartition(b"/")
-                if last in folders[folder]:
+                if last in folders.files(folder):
                     return spelled
                 spellings.append(spelled)
     return None

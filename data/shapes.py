@@ -29,7 +29,7 @@ _MIN_VISIBLE = 0.6  # of an object's area: what hides more of one, or shows less
 def make_shapes(
     root: str | Path, num_train: int = 512, num_val: int = 64, size: int = 128, seed: int = 0
 ) -> Path:
-    """Draw the data set below `root` unless a complete one is there; return its folder.
+    """Draw the data set below `root` unless a complete one exists; return its folder.
 
     The folder holds ``train2017/``, ``val2017/`` and ``annotations/instances_{split}2017.json``.
     Its longest image side is `size` pixels. Boxes (xywh, absolute pixels, in steps of 0.25) and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from data import cache as data_cache
 from data import conversion, locate, shapes
 from data.checks import overlap_findings
 from data.coco_arrays import Annotations
-from data.coco_rules import UNANNOTATED, require_no_errors
+from data.coco_rules import UNANNOTATED, Finding, require_no_errors
 from utils import UserError, logger
 
 
@@ -33,6 +34,29 @@ def data_paths(
     return paths | {name: path for name, path in overrides.items() if path is not None}
 
 
+def require_folders(paths: dict[str, Path], splits: Sequence[str]) -> None:
+    """Raise UserError, in one line, unless the image folders of `splits` exist."""
+    missing = [str(p) for p in (paths[f"{s}_images"] for s in sorted(splits)) if not p.is_dir()]
+    if missing:
+        folders = f"image folder{'s' * (len(missing) > 1)} {' and '.join(missing)}"
+        raise UserError(f"cannot find the {folders}; check --data-path")
+
+
+def examine(path: Path) -> tuple[Annotations | None, list[Finding]]:
+    """Do what `cache.examine` does; for a converted folder in its user's own names."""
+    annotations, findings = data_cache.examine(path)
+    source, converted = conversion.read_origin(path)
+    if annotations is not None:
+        annotations = dataclasses.replace(annotations, source=source)
+    return annotations, converted + findings
+
+
+def log_warnings(annotations: Annotations, findings: Sequence[Finding]) -> None:
+    """Log `findings`, each after the name of the file."""
+    for warning in findings:
+        logger.warning("%s: %s", Path(annotations.title).name, warning)
+
+
 def read_splits(
     paths: dict[str, Path], splits: Sequence[str], allow_unannotated: bool = False
 ) -> list[Annotations]:
@@ -44,33 +68,28 @@ def read_splits(
     Raises:
         UserError: lists what is missing or wrong, in all splits.
     """
+    require_folders(paths, splits)
     read: dict[str, Annotations] = {}
     problems = []
     for split in splits:
         images, path = paths[f"{split}_images"], paths[f"{split}_annotations"]
-        if not images.is_dir():
-            problems.append(f"the image folder {images} does not exist; check --data-path")
-            continue
         try:
-            annotations, findings = data_cache.examine(path)
-            findings = conversion.kept_findings(path) + findings
+            annotations, findings = examine(path)
             if annotations is not None:
                 annotations, more = locate.locate_images(annotations, images)
                 findings += more
                 if allow_unannotated and not annotations.is_annotated:
                     findings = [f for f in findings if f.what not in UNANNOTATED]
-            require_no_errors(path, findings)
+            require_no_errors(annotations.title if annotations else path, findings)
         except UserError as error:
             problems.append(str(error))
             continue
         assert annotations is not None
         read[split] = annotations
-        for warning in findings:
-            logger.warning("%s: %s", path.name, warning)
+        log_warnings(annotations, findings)
     if problems:
-        raise UserError("\n".join(problems))
+        raise UserError("\nerror: ".join(problems))
     if read.keys() >= {"train", "val"}:
         pairs = [(read[split], paths[f"{split}_images"]) for split in ("train", "val")]
-        for warning in overlap_findings(pairs[0], pairs[1]):
-            logger.warning("%s: %s", read["val"].path.name, warning)
+        log_warnings(read["val"], overlap_findings(pairs[0], pairs[1]))
     return list(read.values())

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, XMLPullParser
 
+from data.coco_rules import Findings
 from data.files import files_below, number, read_bytes, read_lines, without_suffix
-from data.labelled import SPLITS, Findings, Layout, Sample, Split, images_below, read_header
+from data.labelled import SPLITS, Layout, Sample, Split, images_below, read_header
 from utils import UserError
 
 # What to train and evaluate on, in the order of preference.

@@ -14,11 +14,12 @@ from typing import Any
 
 import yaml
 
+from data.coco_rules import Findings
 from data.files import number, read_lines, read_text
-from data.labelled import Findings, Layout, Sample, Split, images_below, read_header
+from data.labelled import Layout, Sample, Split, images_below, read_header
 from utils import UserError
 
-_VAL_KEYS = ("val", "validation", "valid", "test")  # what to evaluate on: the first that is there
+_VAL_KEYS = ("val", "validation", "valid", "test")  # what to evaluate on: the first that exists
 _MARGIN = 0.01  # shares that a centre or a side may be over the border
 
 

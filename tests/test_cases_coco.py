@@ -511,10 +511,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "c23 shifted categories": (
         {"change": rows("annotations", number("category_id", lambda v: v - 1))},
-        [
-            "annotations of an unknown category_id (4): 1 (category_id 0)",
-            "ids shifted by one: category_id is 0 to 1, but the ids of categories are 1 to 2",
-        ],
+        ["ids shifted by one: category_id is 0 to 1, but the ids of categories are 1 to 2"],
     ),
     "c24 json lines": (
         {"write": lambda d: b"\n".join(json.dumps(row).encode() for row in d["images"])},
@@ -572,9 +569,10 @@ def test_ambiguous_input_is_refused_in_short_lines(case: str, tmp_path: Path) ->
     text = str(caught.value)
     path = root / "annotations" / "instances_train2017.json"
     lines = text[text.index(f"{path} cannot be used") :].splitlines()[1:]
+    assert len(lines) == len(errors)  # one finding for one cause
     for error in errors:
-        (line,) = [line for line in lines if line.startswith(f"  error: {error}")]
-        assert len(line) <= 202 and line.endswith(")")
+        (line,) = [line for line in lines if line.startswith(f"  {error}")]
+        assert len(line) <= 202 + len(str(path)) * ("iconv" in line) and line.endswith(")")
     if "no box" in text:
         assert "--keep-empty" in text
 
@@ -590,7 +588,7 @@ def test_boxes_of_two_corners_are_detected_by_statistics(
 
     read(folder(tmp_path, rows("annotations", corners)))
     (message,) = [t for t in caplog.messages if "train2017" in t and "x1 y1 x2 y2" in t]
-    assert "4 of 8 leave the image as x y w h, 0 so (are they?" in message
+    assert "4 of 8 leave the image as x y w h, 0 as corners (are they?" in message
 
 
 @pytest.mark.parametrize("as_corners", [True, False])
@@ -684,7 +682,7 @@ def test_an_image_that_resizing_leaves_without_a_pixel_is_refused(
         train.main(train.parse_args(tiny))
     start, *lines = str(caught.value).splitlines()
     assert f"instances_{odd}2017.json cannot be used" in start
-    assert lines == [f"  error: {what}: 3 'im2.jpg' of 1 x 5000 (crop them, or take them out)"]
+    assert lines == [f"  {what}: 3 'im2.jpg' of 1 x 5000 (crop them, or take them out)"]
     flags = ["--data-path", str(root), "-j", "1", "--min-size", "64"]
     assert check_data.main([*flags, "--max-size", "64"]) == 1
     printed = capsys.readouterr().out

@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from data import coco_json, coco_rules, conversion, image_files, labelled
+from data import checks, coco_json, coco_rules, conversion, image_files, labelled
+from data.splits import read_splits
 from tools import convert
 from utils import UserError
 
@@ -116,7 +117,7 @@ def read(
     findings = []
     for split in labelled.SPLITS:
         file = paths[f"{split}_annotations"]
-        findings += conversion.kept_findings(file)
+        findings += conversion.read_origin(file)[1]
         annotations, errors = coco_json.read_annotations(file)
         assert all(finding.severity == "warning" for finding in errors)
         names = [annotations.categories[i][1] for i in annotations.category_index]
@@ -531,16 +532,6 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ),
         ("red", "blue"),
         {},
-    ),
-    "VOC, an image in both lists": (
-        both(
-            rename("JPEGImages/t2.png", "t2", "v2"),
-            rename("Annotations/t2.xml", "t2", "v2"),
-            put("ImageSets/Main/train.txt", "t0\nt1\nv2"),
-            put("ImageSets/Main/val.txt", "v2\nv3"),
-        ),
-        ("red", "blue"),
-        {"images that are in train and val": 1},
     ),
     "BOM and CRLF": (
         both(
@@ -1038,7 +1029,23 @@ def test_slow_formats_are_read_by_pil_and_are_named(kind: str, tmp_path: Path) -
     expected = np.asarray(picture(1).convert("L" if "gray" in kind else "RGB").convert("RGB"))
     pixels = image_files.read_image(tmp_path / "a", tmp_path, (90, 120)).permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, expected)  # the first frame
-    assert image_files.read_header(tmp_path / "a").is_slow
+    header = image_files.read_header(tmp_path / "a")
+    assert header.is_slow and header.is_animated == (kind in ("gif", "i05_animated_webp"))
+
+
+@pytest.mark.parametrize(
+    "kind, is_animated", [("PNG", True), ("MPO", False)], ids=["an animated PNG", "two photographs"]
+)
+def test_first_frames_of_fast_formats_are_read(
+    kind: str, is_animated: bool, tmp_path: Path
+) -> None:
+    """i01: torchvision decodes an MPO, a JPEG with a second photograph behind the first."""
+    write(tmp_path / "a", encoded(picture(1), format=kind, **FRAMES))
+    image = image_files.read_image(tmp_path / "a", tmp_path, (90, 120))
+    difference = image.permute(1, 2, 0).numpy().astype(int) - np.asarray(picture(1))
+    assert abs(difference).mean() < 4
+    header = image_files.read_header(tmp_path / "a")
+    assert (header.is_slow, header.is_animated) == (False, is_animated)
 
 
 @pytest.mark.parametrize(
@@ -1192,7 +1199,7 @@ def test_convert_keeps_the_split_of_each_layout(tmp_path: Path) -> None:
         require_right_boxes(converted(tmp_path / name), ("red", "blue"))
     assert (tmp_path / "a/train2017/t0.png").is_symlink()
     assert not (tmp_path / "b/train2017/t0.png").is_symlink()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         convert.main(["coco", str(tmp_path / "b"), str(tmp_path / "c")])
 
 
@@ -1333,6 +1340,66 @@ def test_training_logs_what_the_conversion_found(
         assert "label lines that occur twice in a file" in caplog.text
         assert "labels/train/t1.txt:4" in caplog.text
         caplog.clear()
+
+
+VOC_SHARED = both(
+    rename("JPEGImages/t2.png", "t2", "v2"),
+    rename("Annotations/t2.xml", "t2", "v2"),
+    put("ImageSets/Main/train.txt", "t0\nt1\nv2"),
+    put("ImageSets/Main/val.txt", "v2\nv3"),
+)
+
+
+def yolo_shared(root: Path) -> None:
+    """Name one image in a folder, and in a list: two image folders, one below the other."""
+    lists_of_files(root)
+    write(root / "val.txt", "images/val/v3.png\nimages/train/t2.png\n")
+
+
+@pytest.mark.parametrize("layout, edit", [("voc", VOC_SHARED), ("yolo", yolo_shared)])
+def test_an_image_in_both_splits_is_reported_once(
+    layout: str, edit: Edit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
+    edit(root)
+    read_splits(conversion.coco_paths(layout, root), ["train", "val"])
+    convert.main([layout, str(root), str(tmp_path / "made")])
+    messages = [text for text in caplog.messages if "in train and val" in text]
+    assert len(messages) == 2  # of read_splits and convert
+    assert all(re.search(r"in train and val: '.*[tv]2\.png' \(", text) for text in messages)
+
+
+@pytest.mark.parametrize("layout", ["voc", "yolo"])
+def test_errors_and_warnings_name_the_folder_of_the_user_and_no_cached_file(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """y17: nothing to train on, and a class that no box has."""
+    root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
+    if layout == "voc":
+        in_files("Annotations/t*.xml", lambda t: re.sub("(?s)<object>.*</object>", "", t))(root)
+    else:
+        in_files("labels/train/*.txt", lambda text: "")(root)
+    (annotations,) = read_splits(conversion.coco_paths(layout, root), ["train"])
+    assert caplog.messages == [
+        "data: train: warning: categories without boxes (2): "
+        + ("blue, red" if layout == "voc" else "red, blue")
+        + " (kept as classes)"
+    ]
+    with pytest.raises(UserError) as caught:
+        checks.require_boxes(annotations)
+    assert str(caught.value).startswith(f"{root}: train cannot be used\n  no box to train on: no ")
+    assert "cache" not in str(caught.value)
+
+
+def test_convert_refuses_a_set_without_a_box_to_train_on(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    in_files("labels/train/*.txt", lambda text: "")(root)
+    command = ["yolo", str(root), str(tmp_path / "made")]
+    with pytest.raises(UserError, match=r"data: train cannot be used\n  no box to train on: no "):
+        convert.main(command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    assert convert.main([*command, "--keep-empty"]) == 0
+    assert len(list((tmp_path / "made/train2017").iterdir())) == 3
 
 
 def test_a_file_that_changes_is_converted_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from helpers import ROOT, annotation, run_script, valid
 from image_helpers import BAD, DAMAGED, JPEG, PICTURE, encoded, with_alpha
 from PIL import Image
 
-from data import coco_json, coco_rules, labelled
+from data import coco_json, coco_rules
 from tools import check_data
 from utils import UserError
 
@@ -63,6 +64,8 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     files["alpha.png"] = encoded(with_alpha(PICTURE), format="PNG")
     files["alpha.webp"] = encoded(with_alpha(PICTURE), format="WEBP")
     files["slow.gif"] = encoded(PICTURE, format="GIF")
+    moves = {"save_all": True, "append_images": [Image.new("RGB", PICTURE.size, "green")]}
+    files["moves.webp"] = encoded(PICTURE, format="WEBP", **moves)
     exif = Image.Exif()
     exif[0x0112] = 3
     files["upside_down.jpg"] = encoded(PICTURE, format="JPEG", exif=exif)
@@ -81,7 +84,8 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
     expected["image files with stray bytes"] = ["stray.jpg"]
     expected["image files with an alpha channel"] = ["alpha.png", "alpha.webp"]
     expected["image files missing"] = ["missing.jpg"]
-    expected["image files in a slow format"] = ["slow.gif"]
+    expected["image files in a slow format"] = ["slow.gif", "moves.webp"]
+    expected["image files that are animated"] = ["moves.webp"]
     expected["image files turned by EXIF, which their size cannot confirm"] = ["upside_down.jpg"]
     assert set(by_rule) == set(expected)
     for rule, cases in expected.items():
@@ -93,11 +97,12 @@ def test_every_image_rule_is_found_by_id(tmp_path: Path) -> None:
         "image files with stray bytes",
         "image files with an alpha channel",
         "image files in a slow format",
+        "image files that are animated",
         "image files turned by EXIF, which their size cannot confirm",
     }
     rules = {rule for rule in coco_rules.RULES if "image files" in rule}
-    # That one is in test_coco_utils.
-    assert rules - set(by_rule) == {"image files that cannot be read"}
+    # The first is in test_coco_utils, the second below.
+    assert rules - set(by_rule) == {"image files that cannot be read", check_data.CRASHED}
 
 
 def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None:
@@ -114,20 +119,29 @@ def test_images_are_checked_although_the_json_has_errors(tmp_path: Path) -> None
     } <= set(by_rule)
 
 
-def _die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _crash_on_some(file_name: str, size: list[int]) -> list[tuple[str, str]]:
+    """Stand in for a decoder that crashes."""
+    if file_name.startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return [(DAMAGED, "is damaged")] if file_name.startswith("bad") else []
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_dead_process_is_an_error_not_a_hang(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_image_that_crashes_its_decoder_is_named_and_the_others_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    """Of 6 images, 2 are opened at a time, and 2 one by one after the crash."""
+    names = ["0.jpg", "crash1.jpg", "2.jpg", "bad3.jpg", "4.jpg", "bad5.jpg"]
+    root = make_folder(tmp_path / "data", dict.fromkeys(names, JPEG))
     annotations, _ = coco_json.read_annotations(root / "annotations/instances_train2017.json")
-
-    monkeypatch.setattr(check_data, "_check_image", _die)
-    with pytest.raises(UserError, match="a process died opening an image"):
-        check_data.check_images(annotations, root / "train2017", workers)
+    monkeypatch.setattr(check_data, "_check_image", _crash_on_some)
+    monkeypatch.setattr(check_data, "CHUNK", 2)
+    monkeypatch.setattr(check_data, "IN_FLIGHT", 2)
+    crashed, damaged = check_data.check_images(annotations, root / "train2017", 2)
+    assert crashed.cases == ("101 'crash1.jpg' ends the process that reads it",)
+    assert damaged.cases == ("103 'bad3.jpg' is damaged", "105 'bad5.jpg' is damaged")
+    monkeypatch.setattr(check_data, "MOST_CRASHES", 1)
+    with pytest.raises(UserError, match=r"1 images ended the process .*crash1\.jpg; see whether"):
+        check_data.check_images(annotations, root / "train2017", 1)
 
 
 def test_what_a_repeat_threshold_would_do_is_said_where_it_would_do_something(
@@ -212,7 +226,10 @@ def test_splits_with_different_classes_are_an_error(
     ("flags", "message"),
     [
         ([], "--data-path is missing"),
-        (["--data-path", "/nowhere"], "the image folder /nowhere/train2017 does not exist"),
+        (
+            ["--data-path", "/nowhere"],
+            "cannot find the image folders /nowhere/train2017 and /nowhere/val2017; check ",
+        ),
         (["--dataset", "voc", "--data-path", "/nowhere"], "--data-path /nowhere is no folder"),
     ],
 )
@@ -233,8 +250,43 @@ def test_a_file_that_is_not_coco_is_one_finding_per_split(
     assert capsys.readouterr().out.count("annotation file that is not COCO's") == 2
 
 
+def _shift(document: Any) -> None:
+    for row in document["annotations"]:
+        row["category_id"] -= 1
+
+
+def _swap(document: Any) -> None:
+    for row in document["images"]:
+        row["width"], row["height"] = row["height"], row["width"]
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [
+        (lambda d: d["images"][0].update(file_name="/me/a.jpg"), "file_name not below the image"),
+        (lambda d: d["annotations"][0].update(bbox=["1", "2", "3", "4"]), "bbox with numbers"),
+        (_shift, "ids shifted by one"),
+        (_swap, "width and height that are swapped"),
+    ],
+    ids=["c20", "c07", "c23", "c50"],
+)
+def test_one_cause_is_one_finding(
+    change: Callable[[Any], None], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "data", {"a.jpg": JPEG})
+    path = root / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    document["annotations"] = document["annotations"][:2]
+    change(document)
+    path.write_text(json.dumps(document))
+    check_data.main(["--data-path", str(root), "--splits", "train", "--json", "-j", "1"])
+    (split,) = json.loads(capsys.readouterr().out)["splits"].values()
+    (finding,) = split["findings"]
+    assert finding["severity"] == "error" and finding["what"].startswith(what)
+
+
 def test_the_documentation_lists_every_rule_with_its_severity_and_fix() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
     rules = {row[0]: (row[1], row[2]) for row in rows if row[1] in ("error", "warning")}
-    assert rules == coco_rules.RULES | labelled.RULES
+    assert rules == coco_rules.RULES

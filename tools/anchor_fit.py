@@ -195,13 +195,13 @@ def main(argv: list[str] | None = None) -> None:
     require_retinanet(flags.model)
     (annotations,) = read_splits(paths_of(flags), ["train"])
     for finding in checks.boxes_findings(annotations, for_training=True):
-        raise UserError(f"{annotations.path} has no boxes to fit anchors to: {finding.cases[0]}")
+        raise UserError(f"{annotations.title} has no boxes to fit anchors to: {finding.cases[0]}")
     label_map = coco_utils.label_categories(annotations.categories)
     values = parser.values(flags, "model")
     model: Any = build_model(flags.model, label_map, load=False, **values)
     boxes = boxes_to_cover(annotations, model.transform)
     if not len(boxes.xyxy):
-        raise UserError(f"{annotations.path} has no boxes to fit anchors to")
+        raise UserError(f"{annotations.title} has no boxes to fit anchors to")
 
     shorter, longest = model.transform.min_size[-1], model.transform.max_size
     print(

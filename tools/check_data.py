@@ -32,11 +32,10 @@ from tqdm import tqdm
 
 import coco_utils
 import utils
-from data import cache as data_cache
-from data import checks, coco_rules, conversion, image_files, locate
+from data import checks, coco_rules, image_files, locate, splits
 from data.coco_arrays import Annotations
-from data.coco_rules import Finding
-from data.splits import data_paths
+from data.coco_rules import Finding, Findings
+from data.splits import data_paths, require_folders
 from data.worker_processes import end_with_parent, start_worker_server
 from group_by_aspect_ratio import repeat_factors
 from runtime.flags import ArgumentParser, non_negative, positive
@@ -47,6 +46,15 @@ from utils import UserError, run_command
 AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}  # COCO's, px²
 THRESHOLDS = (0.001, 0.01, 0.1, 0.3)  # for --repeat-threshold; the first is LVIS's
 MOST_CLASSES = 25  # rows of the class table on the terminal
+OF_SWAPPED_SIZES = (
+    "image files of another size than annotated",
+    "boxes partly outside of their image",
+    "boxes without width or height in their image",
+)
+CHUNK = 32  # images that a process opens at a time
+IN_FLIGHT = 1024  # images opened one by one after a crash
+CRASHED = "image files that crash their decoder"
+MOST_CRASHES = 10  # then it is the machine, not the images
 # Bytes before any other marker than 0xd0 … 0xd7 cost no pixels; before those, some were lost.
 _STRAY = re.compile(r"extraneous bytes before marker 0x(?!d[0-7])")
 
@@ -68,23 +76,22 @@ def check_split(
     """Apply every rule to one split: to its annotation file, then to each image.
 
     Raises:
-        UserError: if there is no such file or folder.
+        UserError: if there is no such file.
     """
-    if not images.is_dir():
-        raise UserError(f"the image folder {images} does not exist; check --data-path")
-    packed, findings = data_cache.examine(annotations)
+    packed, findings = splits.examine(annotations)
     if packed is not None:
+        is_broken = any(finding.severity == "error" for finding in findings)
         packed, missing = locate.locate_images(packed, images)
         opened = check_images(packed, images, workers, f"{name} images")
-        kinds = {finding.what for finding in opened}
-        findings = findings + [f for f in missing if f.what not in kinds] + opened
+        seen = {finding.what for finding in opened}
+        findings = [f for f in findings + missing if f.what not in seen] + opened
+        if any(finding.what == "width and height that are swapped" for finding in findings):
+            findings = [f for f in findings if f.what not in OF_SWAPPED_SIZES]
         shorter, longer = np.maximum(packed.sizes.min(axis=1), 1), packed.sizes.max(axis=1)
         scale = np.minimum(min_size / shorter, max_size / np.maximum(longer, 1))
         findings += checks.check_sizes(packed, packed.sizes * scale[:, None])
-        findings += checks.boxes_findings(packed, for_training=name == "train")
-    rules = {finding.what for finding in findings}
-    kept = [f for f in conversion.kept_findings(annotations) if f.what not in rules]
-    findings = kept + findings
+        if not is_broken:  # otherwise boxes may be missing that are meant
+            findings += checks.boxes_findings(packed, for_training=name == "train")
     return Split(name, images, annotations, packed, findings)
 
 
@@ -94,32 +101,52 @@ def check_images(
     """Open every image in `workers` processes; on a terminal with a progress bar.
 
     Raises:
-        UserError: if a process dies, and near which image.
+        UserError: if too many images end the process that reads them.
     """
-    cases: dict[str, list[str]] = {}
-    with ProcessPoolExecutor(
-        max_workers=max(1, workers),
-        mp_context=multiprocessing.get_context("forkserver"),
-        initializer=_start_worker,
-        initargs=(root,),
-    ) as pool:
-        names = map(annotations.file_name, range(len(annotations)))
-        done = pool.map(_check_image, names, annotations.sizes.tolist(), chunksize=32)
-        bar = tqdm(done, title, len(annotations), unit="", disable=not sys.stderr.isatty())
+    findings = Findings()
+    opened = _open_images(annotations, root, max(1, workers))
+    bar = tqdm(opened, title, len(annotations), unit="", disable=not sys.stderr.isatty())
+    for number, problems in enumerate(bar):
+        for rule, detail in problems:
+            findings.add(rule, f"{annotations.describe(number)} {detail}".rstrip())
+    return findings.as_list()
+
+
+def _open_images(
+    annotations: Annotations, root: Path, workers: int
+) -> Iterator[list[tuple[str, str]]]:
+    """Yield the rules that each image breaks, in order.
+
+    If a process dies, the next images are opened one by one, which shows the image that ends it.
+    """
+    number = crashes = 0
+    one_by_one = False
+    while number < len(annotations):
+        end = min(number + IN_FLIGHT, len(annotations)) if one_by_one else len(annotations)
+        names = map(annotations.file_name, range(number, end))
+        sizes = annotations.sizes[number:end].tolist()
         try:
-            for number, problems in enumerate(bar):
-                for rule, detail in problems:
-                    case = f"{annotations.image_ids[number]} {annotations.file_name(number)!r}"
-                    cases.setdefault(rule, []).append(f"{case} {detail}".rstrip())
+            with ProcessPoolExecutor(
+                max_workers=1 if one_by_one else workers,
+                mp_context=multiprocessing.get_context("forkserver"),
+                initializer=_start_worker,
+                initargs=(root,),
+            ) as pool:
+                chunk = 1 if one_by_one else CHUNK
+                for problems in pool.map(_check_image, names, sizes, chunksize=chunk):
+                    number += 1
+                    yield problems
+            one_by_one = False
         except BrokenProcessPool:
-            raise UserError(
-                f"a process died opening an image after {annotations.file_name(bar.n)!r}: its "
-                "decoder crashed, or memory ran out; try --workers 1"
-            ) from None
-    order = list(coco_rules.RULES)
-    return [
-        f for rule in sorted(cases, key=order.index) for f in coco_rules.finding(rule, cases[rule])
-    ]
+            if one_by_one:
+                number, crashes = number + 1, crashes + 1
+                yield [(CRASHED, "ends the process that reads it")]
+            if crashes == MOST_CRASHES:
+                raise UserError(
+                    f"{crashes} images ended the process that read them, the last is "
+                    f"{root / annotations.file_name(number - 1)}; see whether memory runs out"
+                ) from None
+            one_by_one = True
 
 
 _root: Path
@@ -157,6 +184,8 @@ def _check_image(file_name: str, size: list[int]) -> list[tuple[str, str]]:
     header = image_files.read_header(path)
     if header.is_slow:
         problems.append(("image files in a slow format", ""))
+    if header.is_animated:
+        problems.append(("image files that are animated", ""))
     if header.is_ambiguous:
         rule = "image files turned by EXIF, which their size cannot confirm"
         problems.append((rule, f"orientation {header.orientation}"))
@@ -208,7 +237,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     return {"min": low, "median": middle, "mean": float(values.mean()), "max": high}
 
 
-def summary_lines(splits: Sequence[Split], data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def summary_lines(checked: Sequence[Split], data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield the terminal's tables: what the splits hold, their classes, and the findings."""
     if data:
         yield _row("", list(data))
@@ -231,11 +260,11 @@ def summary_lines(splits: Sequence[Split], data: Mapping[str, Mapping[str, Any]]
             yield _row(f"{label}: least, median, most", [_three(d[key]) for d in data.values()])
         yield ""
         yield from _class_lines(data)
-        for split in splits:
+        for split in checked:
             if split.name == "train" and split.annotations is not None:
                 yield from repeat_lines(split.annotations)
         yield ""
-    yield from _finding_lines(splits)
+    yield from _finding_lines(checked)
 
 
 def _three(spread: Mapping[str, float]) -> str:
@@ -277,8 +306,8 @@ def repeat_lines(train: Annotations) -> Iterator[str]:
             yield f"--repeat-threshold {threshold:g}: {utils.printable(text)}"
 
 
-def _finding_lines(splits: Sequence[Split]) -> Iterator[str]:
-    findings = [(split.name, finding) for split in splits for finding in split.findings]
+def _finding_lines(checked: Sequence[Split]) -> Iterator[str]:
+    findings = [(split.name, finding) for split in checked for finding in split.findings]
     if not findings:
         yield "findings: none"
         return
@@ -300,8 +329,8 @@ def build_parser() -> ArgumentParser:
     add("--data-path", type=Path, help="COCO, VOC or YOLO folder")
     for name in PATHS:
         add("--" + name.replace("_", "-"), type=Path, help="instead of the one in DATA_PATH")
-    splits = ["train", "val"]
-    add("--splits", nargs="+", choices=splits, default=splits, help="what to check")
+    both = ["train", "val"]
+    add("--splits", nargs="+", choices=both, default=both, help="what to check")
     workers = non_negative(int, at_most=1024)
     cores = utils.usable_cores()
     add("-j", "--workers", type=workers, default=cores, help="processes that open images")
@@ -320,7 +349,8 @@ def main(argv: list[str] | None = None) -> int:
     if flags.dataset != "shapes" and flags.data_path is None and not any(overrides.values()):
         raise UserError("--data-path is missing: a folder in COCO layout, or see --dataset")
     paths = data_paths(flags.dataset, flags.data_path, overrides)
-    splits = [
+    require_folders(paths, flags.splits)
+    checked = [
         check_split(
             split,
             paths[f"{split}_images"],
@@ -331,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         for split in flags.splits
     ]
-    whole = [(split, split.annotations) for split in splits if split.annotations is not None]
+    whole = [(split, split.annotations) for split in checked if split.annotations is not None]
     if len(whole) == 2:
         (first, train_set), (second, val_set) = sorted(whole, key=lambda pair: pair[0].name)
         label_map = coco_utils.label_categories(train_set.categories)
@@ -340,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
             (train_set, first.images), (val_set, second.images)
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
-    num_errors = sum(f.severity == "error" for split in splits for f in split.findings)
+    num_errors = sum(f.severity == "error" for split in checked for f in split.findings)
     if flags.json:
         contents = {
             split.name: {
@@ -349,11 +379,11 @@ def main(argv: list[str] | None = None) -> int:
                 "findings": [asdict(finding) for finding in split.findings],
                 "data": data.get(split.name),
             }
-            for split in splits
+            for split in checked
         }
         print(json.dumps({"errors": num_errors, "splits": contents}, indent=2))
     else:
-        print("\n".join(summary_lines(splits, data)))
+        print("\n".join(summary_lines(checked, data)))
     if flags.plot and whole:
         from tools.plots import data_plots
 

@@ -16,18 +16,18 @@ if not __package__:  # run as a file, it would not find the modules beside tools
     raise SystemExit("run it as: python -m tools.convert")
 
 import argparse
+import dataclasses
 import json
 import os
 import random
 import re
 import shutil
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from data import checks, coco_arrays, coco_json, coco_rules, conversion, locate
 from data.labelled import SPLITS, Sample
-from utils import UserError, file_errors, run_command
+from data.splits import log_warnings
+from utils import UserError, file_errors, logger, run_command
 
 
 def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]]]:
@@ -56,7 +56,6 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
         extra = {name for _, name in located["val"][0].categories} - {n for _, n in categories}
         if extra:
             raise UserError(f"{files['val']} has classes that train has not: {sorted(extra)[:10]}")
-        _warn("val", checks.overlap_findings(located["train"], located["val"]))
     return {split: _samples(*split_files) for split, split_files in located.items()}, categories
 
 
@@ -78,7 +77,7 @@ def _locate(path: Path, root: Path, split: str) -> tuple[coco_arrays.Annotations
         )
     annotations, more = located[folder]
     coco_rules.require_no_errors(path, more)
-    _warn(path.name, findings + more)
+    log_warnings(annotations, findings + more)
     return annotations, folder
 
 
@@ -91,11 +90,6 @@ def _samples(annotations: coco_arrays.Annotations, folder: Path) -> list[Sample]
         image = folder / annotations.file_name(i)
         samples.append(Sample(image, tuple(size), boxes, names, is_crowd))
     return samples
-
-
-def _warn(name: str, findings: Iterable[coco_rules.Finding]) -> None:
-    for warning in findings:
-        print(f"{name}: {warning}", file=sys.stderr)
 
 
 def split_samples(
@@ -143,34 +137,54 @@ def split_samples(
 
 
 def write(
-    samples: dict[str, list[Sample]], categories: list[tuple[int, str]], output: Path, copy: bool
+    samples: dict[str, list[Sample]],
+    categories: list[tuple[int, str]],
+    source: Path,
+    output: Path,
+    copy: bool,
+    keep_empty: bool,
 ) -> None:
     """Write train2017/, val2017/ and annotations/ below `output`, all of it or nothing.
 
+    Args:
+        source: the folder of the samples, for messages.
+
     Raises:
-        UserError: if `output` is there, or cannot be written.
+        UserError: if `output` exists, or cannot be written; or if there is no box to train on,
+            unless `keep_empty`.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already; give a new folder")
+        raise UserError(f"{output} exists already; give a new folder")
     unfinished = output.with_name(f".{output.name}.tmp")
-    with file_errors("write", output):
+    try:
+        with file_errors("write", output):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / "annotations").mkdir(parents=True)
+            roots = {
+                split: Path(os.path.commonpath([os.fspath(sample.image.parent) for sample in rows]))
+                for split, rows in samples.items()
+            }
+            for split, root in roots.items():
+                document = conversion.as_coco(samples[split], root, categories)
+                path = unfinished / "annotations" / f"instances_{split}2017.json"
+                path.write_text(json.dumps(document), encoding="utf-8")
+            if not keep_empty:
+                path = unfinished / "annotations" / "instances_train2017.json"
+                train, _ = coco_json.read_annotations(path)
+                checks.require_boxes(dataclasses.replace(train, source=f"{source}: train"))
+            for split, root in roots.items():
+                for image in {sample.image for sample in samples[split]}:  # COCO's may share a file
+                    path = unfinished / f"{split}2017" / os.path.relpath(image, root)
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    if copy:
+                        shutil.copyfile(image, path)
+                    else:
+                        path.symlink_to(image)
+            if output.exists():
+                output.rmdir()
+            os.replace(unfinished, output)
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / "annotations").mkdir(parents=True)
-        for split, rows in samples.items():
-            root = Path(os.path.commonpath([os.fspath(sample.image.parent) for sample in rows]))
-            for image in {sample.image for sample in rows}:  # COCO images may share a file
-                path = unfinished / f"{split}2017" / os.path.relpath(image, root)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if copy:
-                    shutil.copyfile(image, path)
-                else:
-                    path.symlink_to(image)
-            document = conversion.as_coco(rows, root, categories)
-            path = unfinished / "annotations" / f"instances_{split}2017.json"
-            path.write_text(json.dumps(document), encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        os.replace(unfinished, output)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -189,6 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     for split in SPLITS:
         text = f"list of the images of {split}, for VOC and YOLO; or the name of a VOC list"
         parser.add_argument(f"--{split}-list", type=Path, metavar="FILE", help=text)
+    keep_empty = "accept a set without a box to train on, as train.py's --keep-empty does"
+    parser.add_argument("--keep-empty", action="store_true", help=keep_empty)
     parser.add_argument("--copy", action="store_true", help="copy images instead of linking them")
     return parser
 
@@ -216,10 +232,16 @@ def main(argv: list[str] | None = None) -> int:
         samples, names = conversion.read(layout, folder)
         categories = list(enumerate(names, start=1))
         for name, content in layout.splits.items():
-            _warn(name, content.findings.as_list())
+            for warning in content.findings.as_list():
+                logger.warning("%s: %s: %s", folder.name, name, warning)
     if "val" not in samples:
         samples = split_samples(samples["train"], flags.val_share, flags.seed, flags.group_by)
-    write(samples, categories, Path(os.path.abspath(flags.output)), flags.copy)
+    shared = set.intersection(*({sample.image for sample in rows} for rows in samples.values()))
+    names = sorted(os.path.relpath(image, folder) for image in shared)
+    for warning in coco_rules.finding("images that are in train and val", names, repr):
+        logger.warning("%s: %s", folder.name, warning)
+    output = Path(os.path.abspath(flags.output))
+    write(samples, categories, folder, output, flags.copy, flags.keep_empty)
     for split, rows in samples.items():
         print(f"{split}: {len(rows)} images, {sum(len(s.boxes) for s in rows)} boxes")
     print(f"train on it: python train.py --data-path {flags.output} --output-dir runs/mydata")

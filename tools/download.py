@@ -4,7 +4,7 @@
     python -m tools.download coco /coco --splits val
 
 Each archive is checked by size and MD5, unpacked and deleted. The same command continues a download
-that was interrupted, and skips what is there.
+that was interrupted, and skips what is complete.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ IMAGES = {
 
 
 def download(archive: Archive, folder: Path, server: str) -> None:
-    """Put the folder that `archive` holds into `folder`, unless it is there.
+    """Put the folder that `archive` holds into `folder`, unless it exists.
 
     Raises:
         UserError: if the download stops, the file is not the expected one, or the disk is full.
@@ -169,7 +169,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Download, unpack, and check that every image of the annotations is there."""
+    """Download, unpack, and check that every image of the annotations exists."""
     flags = build_parser().parse_args(argv)
     with file_errors("create", flags.folder):
         flags.folder.mkdir(parents=True, exist_ok=True)

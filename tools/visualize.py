@@ -165,7 +165,7 @@ def read_boxes(
         same = [m for m in matches if m[0] and (m[0] / m[3]).resolve() == path]
         matches = same or [m for m in matches if path.as_posix().endswith(f"/{m[3]}")]
     if len(matches) != 1:
-        files = " and ".join(str(coco.path) for _, coco in sources)
+        files = " and ".join(coco.title for _, coco in sources)
         how_many = "several images" if matches else "no image"
         raise UserError(f"{files}: {how_many} named {image.name}; give an image of this data")
     _, coco, number, _ = matches[0]
