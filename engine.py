@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from models.transform import memory_errors
 from runtime import distributed
 from runtime.distributed import Processes
 from runtime.progress import Clock, mean_line
-from runtime.train_state import HostCopy, LastStep, StepSums, TrainState, advice_on_not_finite
+from runtime.train_state import LastStep, StepSums, TrainState, advice_on_not_finite
 from utils import UserError
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -111,16 +110,12 @@ def train_one_epoch(
         stop, means = step_sums.wait()
         state.settle()  # the norm of the last step was sent before these sums: no wait
         learning_rate = state.optimizer.param_groups[0]["lr"]
-        image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
         advice = advice_on_not_finite(state.optimizer, learning_rate, amp_dtype, clip_grad_norm)
-        last_step = LastStep(state.step + 1, image_ids, image_name, advice)
-        if not math.isfinite(means["loss"]):
-            if not log_sums["loss"].isfinite():
-                last_step.log_images()
-            raise UserError(f"the loss of step {last_step.step} is not finite ({means}); {advice}")
+        image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
+        this_step = LastStep(state.step + 1, image_ids, image_name, advice)
+        this_step.require_finite_loss(means, log_sums["loss"])
         norm, is_skipped = _take_step(state, clip_grad_norm)
-        last_step.norm = HostCopy(norm[None])
-        state.last_step = last_step
+        state.last_step = this_step.with_norm(norm)
         state.scheduler.step()
         if state.scaler.is_enabled():  # a run with fp16 goes on after a step that was skipped
             statistics.restore(before_step, is_skipped)
@@ -129,8 +124,7 @@ def train_one_epoch(
 
         state.step += 1
         state.position += batches_per_step
-        for name, mean in {"steps": 1.0, **means}.items():
-            state.log_sums[name] = state.log_sums.get(name, 0.0) + mean
+        state.add_to_log({"steps": 1.0, **means})
         clock.count(sum(len(images) for images, _ in micro_batches) * processes.world_size)
         line = None
         if state.step % print_freq == 0:

@@ -52,18 +52,16 @@ class TrainState:
         """
         if self.last_step is None:
             return
-        assert self.last_step.norm is not None
-        (norm,) = self.last_step.norm.wait()
-        if math.isfinite(norm):
-            for name, value in (("grad_norm", norm), ("norms", 1.0)):
-                self.log_sums[name] = self.log_sums.get(name, 0.0) + value
-        elif not self.scaler.is_enabled() or self.scaler.get_scale() < MIN_SCALE:
-            self.last_step.log_images()
-            raise UserError(
-                f"the gradients of step {self.last_step.step} are not finite (norm {norm}); "
-                + self.last_step.advice
-            )
+        may_skip = self.scaler.is_enabled() and self.scaler.get_scale() >= MIN_SCALE
+        norm = self.last_step.checked_norm(may_skip)
+        if norm is not None:
+            self.add_to_log({"grad_norm": norm, "norms": 1.0})
         self.last_step = None
+
+    def add_to_log(self, values: dict[str, float]) -> None:
+        """Add values to the sums for the next line of the log."""
+        for name, value in values.items():
+            self.log_sums[name] = self.log_sums.get(name, 0.0) + value
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain types and tensors, for `checkpoint.save`.
@@ -181,6 +179,35 @@ class LastStep:
     image_name: Callable[[int], object]
     advice: str
     norm: HostCopy | None = None
+
+    def require_finite_loss(self, means: dict[str, float], loss_here: Tensor) -> None:
+        """Raise a UserError if the mean loss over processes is not finite, before the step."""
+        if not math.isfinite(means["loss"]):
+            if not loss_here.isfinite():
+                self.log_images()
+            raise UserError(f"the loss of step {self.step} is not finite ({means}); {self.advice}")
+
+    def with_norm(self, norm: Tensor) -> LastStep:
+        """Send the norm of the gradients to the host, without a wait; return this step."""
+        self.norm = HostCopy(norm[None])
+        return self
+
+    def checked_norm(self, may_skip: bool) -> float | None:
+        """Wait for the norm and return it; None if it is not finite and the step may be skipped.
+
+        Raises:
+            UserError: if it is not finite otherwise.
+        """
+        assert self.norm is not None
+        (norm,) = self.norm.wait()
+        if math.isfinite(norm):
+            return norm
+        if may_skip:
+            return None
+        self.log_images()
+        raise UserError(
+            f"the gradients of step {self.step} are not finite (norm {norm}); {self.advice}"
+        )
 
     def log_images(self) -> None:
         """Log which images the step had on this process."""
