@@ -37,6 +37,9 @@ def wrap(
                 part.compile(dynamic=True, options={"force_layout_optimization": True})
     if num_processes == 1:
         return model
+    if compiled:
+        # TorchDynamo would split graphs at DDP's buckets, which fails with sizes that vary.
+        torch._dynamo.config.optimize_ddp = False
     keeps_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     # Whether buffers are synchronized in each step. Newer versions of torch warn of the old name.
     names = inspect.signature(DistributedDataParallel).parameters
@@ -61,13 +64,14 @@ def _warm_up(
         "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]], device=device),
         "labels": torch.ones(1, dtype=torch.int64, device=device),
     }
-    # Not square: torch.compile would take both sides for one number, and compile for squares only.
-    image = torch.full((3, 64, 96), 0.5, device=device)
+    # torch.compile takes a size of 1 for a constant and equal sizes for one number, and compiles
+    # again for other batches. So there are two images, of sides that differ at every level.
+    image = torch.full((3, 160, 416), 0.5, device=device)
     model.train()
     for _ in range(2):  # the buckets are rebuilt when the second forward pass begins
         # In the precision of training; otherwise a compiled model is compiled twice.
         with autocast(device, amp_dtype):
-            loss = total_loss(model([image], [target]))
+            loss = total_loss(model([image, image], [target, target]))
         loss.backward()
     model.zero_grad(set_to_none=True)
     with torch.no_grad():
