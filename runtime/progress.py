@@ -75,6 +75,8 @@ class Progress:
         self.steps_per_epoch, self.epochs = steps_per_epoch, epochs
         self.global_batch = global_batch
         self.bar: tqdm[Any] | None = None
+        self.has_figures = False  # the bar, from a line
+        self.first: tuple[int, float] | None = None  # step, and when it was done
 
     def step(self, step: int) -> None:
         """Move the bar to optimizer step `step` of the run, counted from 1."""
@@ -91,6 +93,13 @@ class Progress:
                 dynamic_ncols=True,
                 leave=False,
             )
+            self.has_figures = False
+        now = time.perf_counter()
+        first_step, first_time = self.first = self.first or (step, now)
+        if not self.has_figures and step > first_step:
+            rate = self.global_batch * (step - first_step) / (now - first_time)
+            left = self.time_left(step, rate)["run_left"]
+            self.bar.set_postfix_str(f"run left={left}", refresh=False)
         self.bar.update(done + 1 - self.bar.n)
         if done + 1 == self.steps_per_epoch:
             self.close()
@@ -107,6 +116,7 @@ class Progress:
                 f"run left={left['run_left']}"
             )
             self.bar.set_postfix_str(figures, refresh=False)
+            self.has_figures = True
 
     def time_left(self, step: int, images_per_second: float) -> dict[str, str]:
         """Return how long the epoch and the run still train at this rate, without evaluations."""

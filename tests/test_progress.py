@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from runtime import progress
 from runtime.progress import Progress
 from runtime.summary import describe_weights, waiting_warnings
 from runtime.tensorboard import SIDE
@@ -130,6 +131,22 @@ def test_time_left_is_that_of_the_images_left() -> None:
     assert shown.time_left(4, 4.0) == {"epoch_left": "0:00:24", "run_left": "0:01:44"}
     assert shown.time_left(10, 4.0) == {"epoch_left": "0:00:00", "run_left": "0:01:20"}
     assert shown.time_left(31, 4.0)["run_left"] == "0:00:00"  # --epochs was lowered
+
+
+def test_the_bar_tells_the_time_left_from_the_second_step_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter((100.0, 103.0, 110.0))
+    monkeypatch.setattr(progress, "is_terminal", lambda stream: True)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
+    shown = Progress(steps_per_epoch=10, epochs=3, global_batch=16)
+    shown.step(4)
+    assert shown.bar is not None and not shown.bar.postfix
+    shown.step(5)  # 3 seconds a step, 25 steps
+    assert shown.bar.postfix == "run left=0:01:15"
+    shown.step(6)  # 10 seconds for two steps
+    assert shown.bar.postfix == "run left=0:02:00"
+    shown.close()
 
 
 def test_the_setup_names_the_weights(on_a_terminal: tuple[Path, str]) -> None:
