@@ -80,6 +80,7 @@ def make_anchor_generator(
 
 
 @functools.lru_cache(maxsize=CACHED_SHAPES)
+@torch.inference_mode(False)  # those that an evaluation made are used to train, too
 def make_anchors(
     generator: AnchorGenerator,
     feature_sizes: tuple[tuple[int, ...], ...],

@@ -553,7 +553,7 @@ def test_boxes_are_computed_in_fp32_under_mixed_precision() -> None:
         with precision.autocast(torch.device("cpu"), torch.bfloat16):
             mixed = model(image)[0]
         after = model(image)[0]["boxes"]
-    assert seen == [torch.float32] * 3
+    assert seen == [torch.float32]  # once for all three
     assert mixed["boxes"].dtype == mixed["scores"].dtype == torch.float32
     assert torch.equal(before, after)
     assert isinstance(model.backbone.fpn.extra_blocks, precision.FullPrecisionP6P7)

@@ -94,7 +94,12 @@ def test_pictures_have_alternative_texts_and_links_have_targets(
     for path in re.findall(r"\]\((?!https?:)(.+?)\)", pages[language]):
         file, _, part = path.partition("#")
         assert (ROOT / "docs" / file).exists(), path
-        assert not part or f'id="{part}"' in (ROOT / "docs" / file).read_text("utf-8"), path
+        if not part:
+            continue
+        text = (ROOT / "docs" / file).read_text("utf-8")
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        parts = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert part in parts or f'id="{part}"' in text, path
     # A comment at the start of a line would end the paragraph, and Markdown with it.
     assert not re.findall(r"^ {0,3}<!--=", pages[language], re.MULTILINE)
     total = sum(path.stat().st_size for path in explain.PICTURES.glob("retinanet_*"))

@@ -224,8 +224,8 @@ def test_out_of_memory_in_training_names_the_batch_and_the_flags(
 def test_out_of_memory_in_an_evaluation_names_its_batch_size(
     error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    detect = out_of_memory_at(1, retinanet.RetinaNet.postprocess_detections)
-    monkeypatch.setattr(retinanet.RetinaNet, "postprocess_detections", detect)
+    detect = out_of_memory_at(1, retinanet.RetinaNet.detect)
+    monkeypatch.setattr(retinanet.RetinaNet, "detect", detect)
     flags = ("--batch-size", "5", "--eval-batch-size", "5", "--ema-decay", "0.9")
     assert error_of(*flags) == (
         "error: out of memory in a batch of 5 images of 64 x 64 pixels (none fitted); give "
