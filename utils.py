@@ -10,6 +10,7 @@ if sys.platform == "win32":  # before fcntl, which Windows lacks
 import argparse
 import errno
 import fcntl
+import hashlib
 import io
 import logging
 import math
@@ -19,6 +20,7 @@ import platform
 import re
 import signal
 import subprocess
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,7 @@ logger = logging.getLogger("retinanet")
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds, and in how many
+PATIENCE = 1.0  # seconds for another process to finish replacing a file that is read here
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -262,6 +265,47 @@ def rename(temporary: Path, path: Path) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def sidecar(path: Path) -> Path:
+    """Return the path of the file that states the SHA-256 of the file at `path`."""
+    return path.with_name(path.name + ".sha256")
+
+
+def is_verified(path: Path, patience: float = 0.0) -> bool:
+    """Return whether the file at `path` has the content that its sidecar states.
+
+    It looks again for `patience` seconds: another process may be replacing the file, and renames
+    its sidecar a moment later.
+    """
+    deadline = time.monotonic() + patience
+    while not _has_stated_hash(path):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _has_stated_hash(path: Path) -> bool:
+    if not (path.is_file() and sidecar(path).is_file()):  # opening a FIFO may block forever
+        return False
+    digest = hashlib.sha256()
+    try:
+        stated = sidecar(path).read_text().split()
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return stated[:1] == [digest.hexdigest()]
+
+
+def require_stated_hash(path: Path, source: str) -> None:
+    """Raise a UserError that names `source` if the file has a sidecar and does not match it."""
+    if os.path.lexists(sidecar(path)) and not is_verified(path, PATIENCE):
+        raise UserError(
+            f"{source}: damaged, it does not match {sidecar(path).name}; take another one"
+        )
 
 
 def load_tensors(path: Path, source: str, mmap: bool = False) -> dict[str, Any]:

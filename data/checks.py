@@ -273,17 +273,31 @@ def require_boxes(annotations: Annotations) -> None:
 
 
 def overlap_findings(
-    train: tuple[Annotations, Path], val: tuple[Annotations, Path]
+    train: tuple[Annotations, Path], val: tuple[Annotations, Path], with_copies: bool = False
 ) -> list[Finding]:
-    """Find images that are in both splits, each of which is (annotations, image folder)."""
+    """Find images that are in both splits, each of which is (annotations, image folder).
+
+    Args:
+        with_copies: whether files of one name and size count too; slow for large sets.
+    """
     folders = [os.path.realpath(folder) for _, folder in (train, val)]
-    if os.path.samefile(train[0].path, val[0].path):
-        folders = ["/", "/"]  # one file for both splits: only the names count
-    elif os.path.commonpath(folders) not in folders:
+    is_one_file = os.path.samefile(train[0].path, val[0].path)  # then only the names count
+    is_nested = os.path.commonpath(folders) in folders
+    if not (is_one_file or is_nested or with_copies):
         return []  # quick: COCO has 123,000 names
+    roots = folders if is_nested and not is_one_file else ["/", "/"]
     names = [
-        {os.path.join(folder, split.file_name(i)) for i in range(len(split))}
-        for folder, (split, _) in zip(folders, (train, val), strict=True)
+        {os.path.join(root, split.file_name(i)) for i in range(len(split))}
+        for root, (split, _) in zip(roots, (train, val), strict=True)
     ]
-    shared = sorted(os.path.relpath(name, folders[0]) for name in names[0] & names[1])
-    return finding("images that are in train and val", shared, repr)
+    shared = {os.path.relpath(name, roots[0]) for name in names[0] & names[1]}
+    if not (is_one_file or is_nested):  # images may be numbered in each split
+        shared = {n for n in shared if 0 <= _bytes_of(folders[0], n) == _bytes_of(folders[1], n)}
+    return finding("images that are in train and val", sorted(shared), repr)
+
+
+def _bytes_of(folder: str, name: str) -> int:
+    try:
+        return os.path.getsize(os.path.join(folder, name))
+    except OSError:  # missing, or written in another way: other rules report it
+        return -1

@@ -72,7 +72,7 @@ _WARNINGS = {
     "images that share a file": "join them: of one entry, the boxes of the others are background",
     "boxes without width or height in their image": "not trained on",
     "boxes partly outside of their image": "clipped to train",
-    "boxes that look like x1 y1 x2 y2": "are they? COCO has x y w h; look: check_data --plot",
+    "boxes that look like x1 y1 x2 y2": "are they? look: check_data --plot",
     "no box to evaluate with": "AP will be -1",
     "file names in another spelling": "the matching files are used",
     "image files in a slow format": "read by PIL; JPEG and PNG are faster",

@@ -94,7 +94,7 @@ def _without_yaml(root: Path) -> tuple[Path, dict[str, Any], list[str]]:
     files = [path for path in (root / "classes.txt", root / "labels/classes.txt") if path.is_file()]
     if not files or not (root / "images").is_dir():
         raise UserError(
-            f"--data-path {root} has no YAML file; give the folder with data.yaml (names, train "
+            f"{root} has no YAML file; give the folder with data.yaml (names, train "
             "and val), or one with classes.txt, images/ and labels/"
         )
     names = [line for _, line in read_lines(files[0])]

@@ -20,7 +20,7 @@ from torchvision import models
 from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
-from utils import UserError, load_tensors, logger, printable
+from utils import UserError, load_tensors, logger, printable, require_stated_hash
 
 LabelMap = Sequence[Mapping[str, Any]]  # {"name", "label"} of each class; 0 is the background
 
@@ -57,6 +57,7 @@ def read_weights(source: str, flag: str) -> Weights:
     """
     name, path = f"{flag} {source}", Path(source)
     if path.is_file():
+        require_stated_hash(path, name)
         content = load_tensors(path, name)
         state = _state_of(content, name)
         if content.get("ema"):

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -22,7 +21,8 @@ from typing import Annotated, Any, TypedDict
 import msgspec
 import torch
 
-from utils import UserError, file_errors, load_tensors, logger, new_file, rename
+import utils
+from utils import UserError, file_errors, load_tensors, logger, new_file, rename, sidecar
 
 NEWEST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
 # The files of a run in its folder. All other files belong to the user: they are not read, counted
@@ -72,8 +72,6 @@ PARTS: dict[str, Any] = {
     "data": dict[str, Any],
 }
 
-PATIENCE = 1.0  # seconds for another process to finish replacing the file that is read here
-
 
 def save(state: Mapping[str, Any], path: Path) -> None:
     """Write `state`, plain types and tensors, to `path`; the checkpoint before it stays valid.
@@ -91,7 +89,9 @@ def save(state: Mapping[str, Any], path: Path) -> None:
         with new_file(temporary) as file:
             file.write(data)
         # If the one before holds more steps, a resume chose that one, and it stays.
-        if is_verified(path) and not (_order(previous) < _order(path) and is_verified(previous)):
+        if utils.is_verified(path) and not (
+            _order(previous) < _order(path) and utils.is_verified(previous)
+        ):
             copy(path, previous, link=True)
         rename(temporary, path)
         _commit(path, hashlib.sha256(data).hexdigest())
@@ -107,7 +107,7 @@ def copy(source: Path, target: Path, link: bool = False) -> None:
     """
     temporary = target.with_name(target.name + ".tmp")
     with file_errors("write", target):
-        digest = _sidecar(source).read_text().split()[0]
+        digest = sidecar(source).read_text().split()[0]
         temporary.unlink(missing_ok=True)
         if not (link and _link(source, temporary)):
             with source.open("rb") as old, new_file(temporary) as new:
@@ -128,7 +128,7 @@ def prune(folder: Path, keep: int) -> None:
     numbered.sort(key=_epoch)
     with file_errors("delete checkpoints in", folder):
         for path in numbered[: max(0, len(numbered) - keep)]:
-            _sidecar(path).unlink(missing_ok=True)  # first, as nothing deletes a lone sidecar
+            sidecar(path).unlink(missing_ok=True)  # first, as nothing deletes a lone sidecar
             path.unlink()
 
 
@@ -143,34 +143,6 @@ def is_checkpoint_name(name: str) -> bool:
     return _CHECKPOINT.fullmatch(name) is not None
 
 
-def is_verified(path: Path) -> bool:
-    """Return whether `path` has the content that its sidecar states."""
-    sidecar, digest = _sidecar(path), hashlib.sha256()
-    if not (path.is_file() and sidecar.is_file()):  # opening a FIFO may block forever
-        return False
-    try:
-        stated = sidecar.read_text().split()
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    except (OSError, UnicodeDecodeError):
-        return False
-    return stated[:1] == [digest.hexdigest()]
-
-
-def _is_verified_soon(path: Path) -> bool:
-    """Do what `is_verified` does, but look again while another process may be replacing `path`.
-
-    It renames the file first and the sidecar a moment later.
-    """
-    deadline = time.monotonic() + PATIENCE
-    while not is_verified(path):
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint in `folder` that verifies and holds the most steps, or None.
 
@@ -182,9 +154,9 @@ def newest(folder: Path) -> Path | None:
     """
     candidates = sorted(checkpoints_in(folder), key=_order)
     for path in candidates:
-        if _is_verified_soon(path):
+        if utils.is_verified(path, utils.PATIENCE):
             return path
-        logger.warning("%s is damaged: it does not match %s", path, _sidecar(path).name)
+        logger.warning("%s is damaged: it does not match %s", path, sidecar(path).name)
     if candidates:
         names = ", ".join(path.name for path in candidates)
         raise UserError(
@@ -235,10 +207,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"--resume {path}: the file does not exist")
-    if os.path.lexists(_sidecar(path)) and not _is_verified_soon(path):
-        raise UserError(
-            f"--resume {path}: damaged, it does not match {_sidecar(path).name}; take another one"
-        )
+    utils.require_stated_hash(path, f"--resume {path}")
     content = load_tensors(path, f"--resume {path}")
     for name, kind in PARTS.items():
         try:
@@ -270,10 +239,6 @@ def require_unused(folder: Path) -> None:
         )
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
 def _link(source: Path, target: Path) -> bool:
     """Make `target` a hard link to `source`; return whether the file system can."""
     try:
@@ -286,11 +251,11 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _commit(path: Path, digest: str) -> None:
-    sidecar = _sidecar(path)
-    temporary = sidecar.with_name(sidecar.name + ".tmp")
+    sidecar_path = sidecar(path)
+    temporary = sidecar_path.with_name(sidecar_path.name + ".tmp")
     with new_file(temporary) as file:
         file.write(f"{digest}  {path.name}\n".encode())
-    rename(temporary, sidecar)
+    rename(temporary, sidecar_path)
     _sync(path.parent)
 
 

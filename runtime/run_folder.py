@@ -137,13 +137,13 @@ class Run:
 
     def _newest_is_this_step(self) -> bool:
         path = self.folder / checkpoint.NEWEST
-        return checkpoint.step_of(path) == self.state.step and checkpoint.is_verified(path)
+        return checkpoint.step_of(path) == self.state.step and utils.is_verified(path)
 
     def _complete_epoch(self) -> None:
         """Copy the newest checkpoint to the epoch's, if a kill prevented that."""
         newest = self.folder / checkpoint.NEWEST
         copy = self.folder / f"model_{self.state.epoch - 1}.pth"
-        if checkpoint.is_verified(newest) and not checkpoint.is_verified(copy):
+        if utils.is_verified(newest) and not utils.is_verified(copy):
             checkpoint.copy(newest, copy)
         self._prune()
 

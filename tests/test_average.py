@@ -14,6 +14,7 @@ import torch
 from helpers import CAT_AND_DOG, flip_a_bit, make_label_map, sidecar
 from torch import Tensor
 
+import utils
 from models.build import load_detector
 from runtime import checkpoint
 from tools import average, predict
@@ -47,7 +48,7 @@ def test_weights_are_the_mean_in_float64_and_batch_statistics_those_of_the_last(
     paths = [write(tmp_path / f"model_{n}.pth", s) for n, s in enumerate([FIRST, SECOND, SECOND])]
     output = tmp_path / "new" / "averaged.pth"
     average.main([*map(str, paths), "--output", str(output)])
-    assert checkpoint.is_verified(output)
+    assert utils.is_verified(output)
     content = checkpoint.load(output)
     # In float32 the sum of 2**24, 1 and 1 is 2**24.
     assert content["model"]["head.weight"].tolist() == [(2**24 + 2) / 3, torch.tensor(5 / 3).item()]
@@ -76,9 +77,9 @@ OTHER_ARGS = {"model": "retinanet_resnet34_fpn", "anchor_sizes": None, "anchor_r
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.unlink(), "b.pth is missing, damaged, or without its b.pth.sha256"),
-        (lambda p: sidecar(p).unlink(), "b.pth is missing, damaged, or without its b.pth.sha256"),
-        (flip_a_bit, "b.pth is missing, damaged, or without its b.pth.sha256"),
+        (lambda p: p.unlink(), "b.pth is not there, or is no file"),
+        (lambda p: sidecar(p).unlink(), "b.pth has no b.pth.sha256 beside it"),
+        (flip_a_bit, "b.pth: damaged, it does not match b.pth.sha256"),
         (lambda p: write(p, SECOND, args=None), "b.pth is no checkpoint of train.py"),
         (lambda p: write(p, SECOND, categories=None), "b.pth is no checkpoint of train.py"),
         (

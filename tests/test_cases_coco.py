@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import coco_eval
 import coco_utils
 import train
 from data import checks, coco_arrays, coco_json, locate
+from data.checks import overlap_findings
 from data.splits import data_paths, read_splits
 from runtime import checkpoint
 from runtime.options import parse_args
@@ -638,6 +640,21 @@ def test_a_file_or_image_in_both_splits_is_reported(
         read_splits(paths | same, ["val", "train"])
         (message,) = caplog.messages
         assert "images that are in train and val (4): 'im0.jpg', 'im1.jpg'" in message
+
+
+def test_copies_of_images_in_the_other_split_are_reported_by_check_data(tmp_path: Path) -> None:
+    paths = data_paths("coco", folder(tmp_path), {})
+    copies = shutil.copytree(paths["train_images"], tmp_path / "copies")
+    annotations = shutil.copy(paths["train_annotations"], tmp_path / "copied.json")
+    same = {"val_images": copies, "val_annotations": Path(annotations)}
+    splits = read_splits(paths | same, ["train", "val"])
+    pairs = [(s, p) for s, p in zip(splits, (paths["train_images"], copies), strict=True)]
+    with (copies / "im1.jpg").open("ab") as file:
+        file.write(b"another image")
+    (copies / "im3.jpg").unlink()
+    (finding,) = overlap_findings(pairs[0], pairs[1], with_copies=True)
+    assert "images that are in train and val (2): 'im0.jpg', 'im2.jpg'" in str(finding)
+    assert overlap_findings(pairs[0], pairs[1]) == []
 
 
 @pytest.mark.parametrize("case", ["c25 no boxes", "c43 crowds only"])

@@ -25,6 +25,7 @@ import pytest
 import torch
 from helpers import flip_a_bit, sidecar, truncate, write_malice
 
+import utils
 from runtime import checkpoint, resuming
 from runtime.checkpoint import NEWEST, PREVIOUS
 from runtime.flags import IGNORE, LOG, REFUSE, ArgumentParser
@@ -140,7 +141,7 @@ def test_a_file_system_without_links_also_keeps_the_checkpoint_before(
         checkpoint.save(state(step), tmp_path / NEWEST)
     assert_holds(tmp_path / NEWEST, 3)
     assert_holds(tmp_path / PREVIOUS, 2)
-    assert checkpoint.is_verified(tmp_path / NEWEST) and checkpoint.is_verified(tmp_path / PREVIOUS)
+    assert utils.is_verified(tmp_path / NEWEST) and utils.is_verified(tmp_path / PREVIOUS)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -150,7 +151,7 @@ def test_a_copy_outlives_its_source(tmp_path: Path, link: bool) -> None:
     checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth", link=link)
     for step in (2, 3):
         checkpoint.save(state(step), tmp_path / NEWEST)
-    assert checkpoint.is_verified(tmp_path / "best.pth")
+    assert utils.is_verified(tmp_path / "best.pth")
     assert_holds(tmp_path / "best.pth", 1)
 
 
@@ -158,7 +159,7 @@ def test_a_copy_replaces_the_one_that_was_there(tmp_path: Path) -> None:
     for step in (1, 2):
         checkpoint.save(state(step), tmp_path / NEWEST)
         checkpoint.copy(tmp_path / NEWEST, tmp_path / "best.pth")
-        assert checkpoint.is_verified(tmp_path / "best.pth")
+        assert utils.is_verified(tmp_path / "best.pth")
         assert_holds(tmp_path / "best.pth", step)
 
 
@@ -243,7 +244,7 @@ def test_a_damaged_checkpoint_is_logged_and_the_one_before_is_used(
     for step in (1, 2):
         checkpoint.save(state(step), tmp_path / NEWEST)
     damage(tmp_path / NEWEST)
-    assert not checkpoint.is_verified(tmp_path / NEWEST)
+    assert not utils.is_verified(tmp_path / NEWEST)
     assert checkpoint.newest(tmp_path) == tmp_path / PREVIOUS
     assert_holds(tmp_path / PREVIOUS, 1)
     assert len(warnings) == 1
@@ -426,7 +427,7 @@ def copy_of(folder: Path, target: Path) -> None:
 def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of saves are quick if none waits for the disk, or for another process."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
+    monkeypatch.setattr(utils, "PATIENCE", 0)
 
 
 @pytest.mark.parametrize("tear", [False, True])
@@ -448,7 +449,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_verified_checkpoint(
         assert_recovers(folder, {new} if finished else {history, new})
         save_as_training_does(folder, new + 1)
         assert_holds(folder / NEWEST, new + 1)
-        assert checkpoint.is_verified(folder / NEWEST) and checkpoint.is_verified(folder / PREVIOUS)
+        assert utils.is_verified(folder / NEWEST) and utils.is_verified(folder / PREVIOUS)
     assert number > 15  # opens, syncs and renames of a save and two copies
 
 
@@ -489,7 +490,7 @@ def test_a_kill_in_the_very_first_save_leaves_a_whole_checkpoint_or_none_that_co
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         finished = survive(lambda: save_as_training_does(folder, 1), folder, number, True)
-        if checkpoint.is_verified(folder / NEWEST):
+        if utils.is_verified(folder / NEWEST):
             assert_holds(folder / NEWEST, 1)
         else:
             assert not finished
@@ -551,7 +552,7 @@ def test_a_file_that_the_system_refuses_to_write_leaves_the_old_ones(tmp_path: P
 def test_a_full_disk_at_any_point_leaves_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
+    monkeypatch.setattr(utils, "PATIENCE", 0)
     before, folder = tmp_path / "before", tmp_path / "run"
     before.mkdir()
     for step in (1, 2):
@@ -604,7 +605,7 @@ def test_a_malicious_checkpoint_is_refused_and_does_nothing(
     if has_sidecar:
         done = subprocess.run(["sha256sum", path.name], cwd=tmp_path, capture_output=True)
         sidecar(path).write_bytes(done.stdout)
-        assert checkpoint.is_verified(path)
+        assert utils.is_verified(path)
     with pytest.raises(UserError, match="not a file of tensors and plain types") as error:
         checkpoint.load(path)
     assert str(path) in str(error.value)
@@ -722,7 +723,7 @@ def test_a_file_of_another_kind_hangs_nothing(
     for step in (1, 2):
         checkpoint.save(state(step), tmp_path / NEWEST)
     damage(tmp_path / NEWEST)
-    assert not checkpoint.is_verified(tmp_path / NEWEST)
+    assert not utils.is_verified(tmp_path / NEWEST)
     assert checkpoint.newest(tmp_path) == tmp_path / PREVIOUS
     with pytest.raises(UserError, match="--resume"):
         checkpoint.load(tmp_path / NEWEST)
@@ -737,7 +738,7 @@ def test_temporary_files_do_not_follow_links(tmp_path: Path) -> None:
         (folder / f"{name}.tmp").symlink_to(victim)
     checkpoint.save(state(1), folder / NEWEST)
     checkpoint.copy(folder / NEWEST, folder / "best.pth")
-    assert checkpoint.is_verified(folder / NEWEST) and checkpoint.is_verified(folder / "best.pth")
+    assert utils.is_verified(folder / NEWEST) and utils.is_verified(folder / "best.pth")
     assert victim.read_text() == "precious"
     assert not list(folder.glob("*.tmp"))
 

@@ -6,6 +6,7 @@ and not off the layout of their tensors.
 """
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import flip_a_bit, sidecar
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -912,6 +914,16 @@ class Malice:
         import os
 
         return os.mkdir, (str(self.canary),)
+
+
+def test_weights_that_do_not_match_their_hash_are_refused(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy.pth"
+    shutil.copy(trained, path)
+    shutil.copy(sidecar(trained), sidecar(path))
+    assert read_weights(str(path), "--weights").state
+    flip_a_bit(path)
+    with pytest.raises(UserError, match=r"copy.pth: damaged, it does not match copy.pth.sha256"):
+        read_weights(str(path), "--weights")
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])

@@ -306,7 +306,7 @@ def finished_run(
 def test_a_run_leaves_the_files_that_the_design_lists(finished_run: tuple[Path, str]) -> None:
     folder, _ = finished_run
     for name in ("checkpoint.pth", "model_0.pth", "model_1.pth", "best.pth"):
-        assert checkpoint.is_verified(folder / name), name
+        assert utils.is_verified(folder / name), name
         check = ["sha256sum", "-c", f"{name}.sha256"]
         assert subprocess.run(check, cwd=folder, capture_output=True).returncode == 0
     for epoch in (0, 1):
@@ -436,7 +436,7 @@ def test_another_folder_may_continue_from_a_checkpoint(train: Train, tmp_path: P
         1,
     ]
     assert checkpoint.load(second / "checkpoint.pth")["epoch"] == 2
-    assert checkpoint.is_verified(second / "best.pth")
+    assert utils.is_verified(second / "best.pth")
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(

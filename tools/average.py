@@ -31,8 +31,10 @@ def read_verified(path: Path) -> Weights:
     Raises:
         UserError: names it, if it is missing, not verified or of another kind.
     """
-    if not checkpoint.is_verified(path):
-        raise UserError(f"{path} is missing, damaged, or without its {path.name}.sha256")
+    if not path.is_file():
+        raise UserError(f"{path} is not there, or is no file")
+    if not utils.sidecar(path).is_file():
+        raise UserError(f"{path} has no {path.name}.sha256 beside it, which train.py wrote")
     weights = read_weights(str(path), "checkpoint")
     if not weights.settings or weights.label_map is None:
         raise UserError(f"{path} is no checkpoint of train.py: it does not name its classes")

@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
         label_map = coco_utils.label_categories(train_set.categories)
         second.findings += coco_utils.class_findings(label_map, val_set)
         second.findings += checks.overlap_findings(
-            (train_set, first.images), (val_set, second.images)
+            (train_set, first.images), (val_set, second.images), with_copies=True
         )
     data = {split.name: describe(annotations) for split, annotations in whole}
     num_errors = sum(f.severity == "error" for split in checked for f in split.findings)
