@@ -93,7 +93,6 @@ def train_one_epoch(
             utils.seed_device(processes.device, seed, state.epoch, first + processes.rank)
             is_last = number == len(micro_batches) - 1
             with (
-                memory_errors(state.model, len(micro_batches), amp_dtype is not None),
                 _no_sync(model, is_last),
                 statistics.only_of_real_batches(weights, processes.rank),
             ):

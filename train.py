@@ -33,7 +33,7 @@ from models.averaging import make_ema
 from models.build import build_model, check_model_name
 from models.parallel import wrap
 from models.retinanet import make_anchor_generator
-from models.transform import padded_sizes
+from models.transform import memory_errors, padded_sizes
 from models.weights import load_trained
 from runtime import checkpoint
 from runtime.distributed import Processes, join_process_group
@@ -160,21 +160,22 @@ def main(args: argparse.Namespace) -> int:
             if run.is_complete():
                 break
             sampler.set_epoch(state.epoch, state.position)
-            finished = engine.train_one_epoch(
-                wrapped,
-                state,
-                loader,
-                processes,
-                seed=args.seed,
-                batches_per_step=per_step,
-                batch_weight=sampler.weight,
-                after_step=run.after_step,
-                amp_dtype=amp_dtype,
-                clip_grad_norm=args.clip_grad_norm,
-                print_freq=args.print_freq,
-                should_stop=should_stop,
-                image_name=train_set.describe,
-            )
+            with memory_errors(model, per_step // world_size, amp_dtype is not None):
+                finished = engine.train_one_epoch(
+                    wrapped,
+                    state,
+                    loader,
+                    processes,
+                    seed=args.seed,
+                    batches_per_step=per_step,
+                    batch_weight=sampler.weight,
+                    after_step=run.after_step,
+                    amp_dtype=amp_dtype,
+                    clip_grad_norm=args.clip_grad_norm,
+                    print_freq=args.print_freq,
+                    should_stop=should_stop,
+                    image_name=train_set.describe,
+                )
             if not finished:
                 break
             state.epoch, state.position = state.epoch + 1, 0

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -278,26 +279,28 @@ def overlap_findings(
     """Find images that are in both splits, each of which is (annotations, image folder).
 
     Args:
-        with_copies: whether files of one name and size count too; slow for large sets.
+        with_copies: whether files of one name and content count too; slow for large sets.
     """
-    folders = [os.path.realpath(folder) for _, folder in (train, val)]
-    is_one_file = os.path.samefile(train[0].path, val[0].path)  # then only the names count
-    is_nested = os.path.commonpath(folders) in folders
-    if not (is_one_file or is_nested or with_copies):
+    splits = [(split, os.path.realpath(folder)) for split, folder in (train, val)]
+    folders = [folder for _, folder in splits]
+    if os.path.samefile(train[0].path, val[0].path):  # one file for both: only the names count
+        splits = [(split, folders[0]) for split, _ in splits]
+    elif os.path.commonpath(folders) not in folders and not with_copies:
         return []  # quick: COCO has 123,000 names
-    roots = folders if is_nested and not is_one_file else ["/", "/"]
-    names = [
-        {os.path.join(root, split.file_name(i)) for i in range(len(split))}
-        for root, (split, _) in zip(roots, (train, val), strict=True)
+    paths = [
+        {os.path.join(folder, split.file_name(i)) for i in range(len(split))}
+        for split, folder in splits
     ]
-    shared = {os.path.relpath(name, roots[0]) for name in names[0] & names[1]}
-    if not (is_one_file or is_nested):  # images may be numbered in each split
-        shared = {n for n in shared if 0 <= _bytes_of(folders[0], n) == _bytes_of(folders[1], n)}
-    return finding("images that are in train and val", sorted(shared), repr)
+    shared = paths[0] & paths[1]
+    if with_copies:
+        of_name = {os.path.basename(path): path for path in paths[1]}
+        shared |= {p for p in paths[0] if _is_copy(p, of_name.get(os.path.basename(p)))}
+    names = sorted(os.path.relpath(path, folders[0]) for path in shared)
+    return finding("images that are in train and val", names, repr)
 
 
-def _bytes_of(folder: str, name: str) -> int:
-    try:
-        return os.path.getsize(os.path.join(folder, name))
-    except OSError:  # missing, or written in another way: other rules report it
-        return -1
+def _is_copy(path: str, other: str | None) -> bool:
+    """Return whether both are files with the same content; sizes are compared first."""
+    if other is None or not (os.path.isfile(path) and os.path.isfile(other)):
+        return False
+    return filecmp.cmp(path, other, shallow=False)

@@ -201,9 +201,10 @@ def _check_launch() -> tuple[int, int, int | None]:
     texts = {name: os.environ[name] for name in ranges if name in os.environ}
     numbers = {name: int(text) for name, text in texts.items() if text.isdecimal()}
     problems = [
-        f"{name}={text} in the environment is no number from {ranges[name].start} on"
+        f"{name}={text} in the environment is no number from {ranges[name].start} to "
+        f"{ranges[name][-1]}"
         for name, text in texts.items()
-        if numbers.get(name, -1) not in ranges[name]  # None would be compared with each number
+        if numbers.get(name, -1) not in ranges[name]
     ]
     present = " ".join(f"{name}={text}" for name, text in texts.items())
     problems += [

@@ -87,7 +87,7 @@ class ArgumentParser(argparse.ArgumentParser):
             value = saved.get(action.dest)
             if value is not None:
                 words = value if action.nargs and isinstance(value, list) and value else [value]
-                try:
+                try:  # not `parse_args`, which would obey a value such as "--help"
                     value = self._get_values(action, [str(word) for word in words])
                 except argparse.ArgumentError as error:
                     raise UserError(f"{source}: damaged, its flags: {error}") from None

@@ -21,7 +21,7 @@ from torchvision.io import ImageReadMode, decode_image
 from models.build import load_detector
 from runtime import checkpoint
 from tools import predict, visualize
-from tools.plots import method
+from tools.plots import drawing, method
 from utils import UserError
 
 
@@ -145,14 +145,14 @@ def test_a_decoder_that_crashes_costs_only_its_file(
 def test_detections_so_far_are_written_on_an_interrupt(
     trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = predict.write_picture
+    written = drawing.write_picture
 
     def interrupted(picture: torch.Tensor, path: Path) -> None:
         written(picture, path)
         if path.stem == "a.png":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "write_picture", interrupted)
+    monkeypatch.setattr(drawing, "write_picture", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("--checkpoint", trained, images, "--output-dir", tmp_path)
     results = json.loads((tmp_path / "detections.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, run_script
+from helpers import ROOT, TINY, run_script
 
 import engine
 import presets
@@ -234,8 +234,7 @@ def test_out_of_memory_in_an_evaluation_names_its_batch_size(
 
 
 OUT_OF_MEMORY_ON_RANK_1 = """
-import os, sys
-sys.path.insert(0, os.getcwd())
+import os
 import torch, train
 from models.retinanet import RetinaNet
 
@@ -255,7 +254,10 @@ if __name__ == "__main__":
 """
 
 
-def test_out_of_memory_in_one_process_ends_all(tiny_shapes: Path, tmp_path: Path) -> None:
+def test_out_of_memory_in_one_process_ends_all(
+    tiny_shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     script = tmp_path / "rank_1_fails.py"
     script.write_text(OUT_OF_MEMORY_ON_RANK_1)
     flags = ("--data-path", tiny_shapes, *TINY, "--batch-size", "5")

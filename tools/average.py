@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = build_parser().parse_args(argv)
     if flags.output.exists() or checkpoint.is_checkpoint_name(flags.output.name):
         raise UserError(
-            f"--output {flags.output}: it exists, or a run gives its checkpoints this name; choose "
+            f"--output {flags.output}: exists, or is the name of a run's own checkpoint; choose "
             "another, such as averaged.pth"
         )
     content = average(flags.checkpoints)

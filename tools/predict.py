@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.io import encode_jpeg
 from tqdm import tqdm
 
 import engine
@@ -267,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
                 done += 1
                 try:
                     picture = draw(image, of_image, label_map, flags.side)
-                    write_picture(picture, pictures[number])
+                    drawing.write_picture(picture, pictures[number])
                 except UserError as error:
                     problems.append(str(error))
     finally:  # whatever ends the loop: the results until then are not lost
@@ -282,17 +281,6 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems:
         print(f"error: {utils.printable(problem)}", file=sys.stderr)
     return 1 if problems else 0
-
-
-def write_picture(picture: Tensor, path: Path) -> None:
-    """Write uint8 `[3, H, W]` as JPEG.
-
-    Raises:
-        UserError: if the file cannot be written.
-    """
-    with utils.file_errors("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_jpeg(picture, quality=90).numpy().tobytes())
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:

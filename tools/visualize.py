@@ -45,7 +45,7 @@ from models.build import build_model, load_detector
 from models.retinanet import make_anchor_generator
 from runtime import options
 from runtime.flags import ArgumentParser, non_negative, positive
-from tools import anchor_fit, predict
+from tools import anchor_fit
 from tools.plots import drawing, method
 from utils import UserError, run_command
 
@@ -136,7 +136,7 @@ def draw_batch(argv: list[str]) -> None:
     batches = list(itertools.islice(loader, flags.batches))
     picture = draw_batches(batches, model, data, flags.side)
     path = (flags.output_dir or Path()) / flags.picture
-    predict.write_picture(picture, path)
+    drawing.write_picture(picture, path)
     print(f"{len(batches)} batches of epoch {flags.epoch}, one per row: {path}")
 
 

@@ -21,6 +21,7 @@ from matplotlib.font_manager import findfont, fontManager
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.io import encode_jpeg
 
 from coco_utils import CocoDetection
 from data.coco_arrays import Annotations
@@ -108,6 +109,17 @@ def save(figure: Figure, path: Path) -> None:
     make_folder(path.parent)
     with file_errors("write", path):
         figure.savefig(path)
+
+
+def write_picture(picture: Tensor, path: Path) -> None:
+    """Write uint8 `[3, H, W]` as JPEG.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    make_folder(path.parent)
+    with file_errors("write", path):
+        path.write_bytes(encode_jpeg(picture, quality=90).numpy().tobytes())
 
 
 # --- text -----------------------------------------------------------------------------------------

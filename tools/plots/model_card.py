@@ -123,10 +123,10 @@ def _flags(args: Mapping[str, Any]) -> str:
 
 def _class_table(per_class: Sequence[Mapping[str, Any]]) -> str:
     names = ("AP", "AP50", "AP75", "AR")
-    rows = [
-        [row["name"], *("–" if row[n] < 0 else f"{row[n]:.3f}" for n in names), f"{row['boxes']:,}"]
-        for row in per_class
-    ]
+    rows = []
+    for row in per_class:
+        numbers = ["–" if row[name] < 0 else f"{row[name]:.3f}" for name in names]
+        rows.append([row["name"], *numbers, f"{row['boxes']:,}"])
     return _table(["class", *names, "boxes"], rows)
 
 
