@@ -110,8 +110,8 @@ def train_one_epoch(
         state.settle()  # the norm of the last step was sent before these sums: no wait
         learning_rate = state.optimizer.param_groups[0]["lr"]
         advice = advice_on_not_finite(state.optimizer, learning_rate, amp_dtype, clip_grad_norm)
-        image_ids = [int(t["image_id"]) for _, targets in micro_batches for t in targets]
-        this_step = LastStep(state.step + 1, image_ids, image_name, advice)
+        all_targets = [target for _, targets in micro_batches for target in targets]
+        this_step = LastStep(state.step + 1, all_targets, image_name, advice)
         this_step.require_finite_loss(means, log_sums["loss"])
         norm, is_skipped = _take_step(state, clip_grad_norm)
         state.last_step = this_step.with_norm(norm)

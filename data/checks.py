@@ -95,6 +95,7 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
     is_unsafe = [number for number, name in enumerate(names) if is_unsafe_name(name)]
     background = [name for name in classes if name.strip("_ ").lower() == "background"]
     is_unused = ~np.isin(categories["id"], annotations["category_id"])
+    is_unused &= len(annotations["id"]) > 0  # otherwise that is what is wrong
     ids, crowd, is_lost = annotations["id"], annotations["iscrowd"], annotations["image"] < 0
     is_wrong = ~np.isin(crowd, (0, 1, MISSING))
     is_unknown = annotations["category"] < 0
@@ -134,7 +135,7 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
 
 
 def _find_shift(field: str, used: np.ndarray, name: str, ids: np.ndarray) -> list[str]:
-    """Find ids of which some are unknown, and all are known after adding or subtracting 1."""
+    """Find out whether unknown ids all become known by adding or subtracting 1."""
     if len(ids) == 0 or len(used) == 0 or np.isin(used, ids).all():
         return []
     if not any(np.isin(used + shift, ids).all() for shift in (1, -1)):
@@ -193,7 +194,8 @@ def check_boxes(annotations: Annotations) -> list[Finding]:
         is_share = np.all((boxes >= 0) & (boxes <= 1), axis=1) & has_pixels
         is_most = is_share.sum() >= FEW_BOXES and is_share.sum() * 2 > has_pixels.sum()
         is_share &= is_most and not (boxes[is_share] % 1 == 0).all()
-        corners = _corner_statistics(boxes[has_pixels], limit[has_pixels])
+        leaves = (boxes[:, :2] + boxes[:, 2:] > limit + 1).any(axis=1)
+        corners = corner_statistics(boxes[has_pixels], limit[has_pixels], leaves[has_pixels])
 
     def box(row: int) -> str:
         return f"{ids[row]} {[float(f'{number:.6g}') for number in boxes[row]]}"
@@ -206,18 +208,22 @@ def check_boxes(annotations: Annotations) -> list[Finding]:
     ]
 
 
-def _corner_statistics(boxes: np.ndarray, limit: np.ndarray) -> list[str]:
+def corner_statistics(boxes: np.ndarray, limit: np.ndarray, leaves: np.ndarray) -> list[str]:
     """Explain how boxes (x, y, w, h) show that they hold two corners, if they do.
 
     All but 2 % must be right as corners, within the image. And a tenth must leave it as x y w h, or
     the third and fourth number grow with the first and second, against which w and h fall.
+
+    Args:
+        boxes: `[N, 4]` in pixels; (x, y) is a corner in COCO, the centre in YOLO.
+        limit: `[N, 2]` width and height of the image of each.
+        leaves: `[N]` bool, which of them leave their image by more than a pixel.
     """
     first, last = boxes[:, :2], boxes[:, 2:]
     # Most sets end here, and quickly.
     if len(boxes) < FEW_BOXES or (last[:, 0] > first[:, 0]).mean() < 0.98:
         return []
     fits = ((first >= 0) & (last > first) & (last <= limit + 1)).all(axis=1)
-    leaves = (first + last > limit + 1).any(axis=1)
     if fits.mean() < 0.98:
         return []
     if leaves.mean() >= 0.1:
@@ -276,7 +282,7 @@ def require_boxes(annotations: Annotations) -> None:
 def overlap_findings(
     train: tuple[Annotations, Path], val: tuple[Annotations, Path], with_copies: bool = False
 ) -> list[Finding]:
-    """Find images that are in both splits, each of which is (annotations, image folder).
+    """Find images that are in both splits; a split is (annotations, image folder).
 
     Args:
         with_copies: whether files of one name and content count too; slow for large sets.

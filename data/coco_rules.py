@@ -20,7 +20,7 @@ from utils import UserError, printable
 MAX_PIXELS = 89_478_485  # Pillow's limit against decompression bombs: 2**30 / 4 / 3
 LINE = 200  # characters of a finding at most
 
-# The rules of which each case stops a run, with the fix ...
+# Rules that stop a run, each with the fix.
 _ERRORS = {
     "annotation file that is not UTF-8": "convert it: iconv -f ENCODING -t UTF-8 FILE > NEW",
     "annotation file that is not JSON, or cut short": "correct it there, or export again",
@@ -55,7 +55,7 @@ _ERRORS = {
     "image files that crash their decoder": "write them again, or take them out",
     "splits that name different classes": "give both the same categories",
 }
-# ... and those of which each case is used, with what is done.
+# Rules that let a run go on, each with what is done about a case.
 _WARNINGS = {
     "annotation file with a byte order mark": "skipped",
     "annotations that cannot be cached": "read again at every start",
@@ -105,7 +105,7 @@ _FOLDER_WARNINGS = {
     "images that a list names twice": "used once",
     "boxes over the border of their image": "clipped",
     "boxes outside of their image": "left out",
-    "XML files of which <filename> names another image": "paired by the file's name",
+    "XML files whose <filename> names another image": "paired by the file's name",
     "XML files paired by <filename>": "no image has the file's name",
     "XML files without a size": "taken from the image as viewers show it",
     "<difficult> that is neither 0 nor 1": "taken as 0",

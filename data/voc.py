@@ -63,6 +63,11 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
         case = f"{choice[0]} for train, {choice[1]} for val"
         splits["train"].findings.add("no lists train and val", case)
     for split in splits.values():
+        if not split.images and not split.findings.cases:
+            raise UserError(
+                f"--data-path {root}: no images in {split.root}; put them there, or, beside "
+                "Annotations/, in JPEGImages/"
+            )
         if not split.labels and not split.findings.cases:
             raise UserError(
                 f"--data-path {root}: no XML files in {split.root}; give a folder with "
@@ -190,13 +195,13 @@ def _find_image(
         if len(images) > 1:
             images = list(filter(is_nearer, images)) or images
     if not images:
-        findings.add("XML files without an image", label, f" nor {name!r}" if name else "")
+        findings.add("XML files without an image", label, f" ({name!r})" if name else "")
     elif len(images) > 1:
         findings.add("XML files with several images of their name", label)
     elif not same:
         findings.add("XML files paired by <filename>", label, f" with {images[0].name!r}")
     elif named and without_suffix(name) != label.stem:
-        rule = "XML files of which <filename> names another image"
+        rule = "XML files whose <filename> names another image"
         findings.add(rule, label, f" names {name!r}")
     return images[0] if len(images) == 1 else None
 
@@ -236,7 +241,8 @@ def _read_objects(tree: Element, label: Path, sample: Sample, findings: Findings
         elif not name:
             problem = "has no <name>"
         elif wrong := [corner for corner in _CORNERS if math.isnan(number(corners[corner]))]:
-            problem = f"<{wrong[0]}> is {corners[wrong[0]][:20]!r}"
+            value = corners[wrong[0]][:20]
+            problem = f"<{wrong[0]}> is {value!r}" if value else f"<{wrong[0]}> is empty or missing"
         elif x1 > x2:
             problem = f"xmin {x1:g} is above xmax {x2:g}"
         elif y1 > y2:

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
+from data.checks import corner_statistics
 from data.coco_rules import Findings
 from data.files import number, read_lines, read_text
 from data.labelled import Layout, Sample, Split, images_below, read_header
@@ -64,7 +66,11 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
             source = _resolve(text, bases, findings)
             if source is None:
                 folders = " or ".join(map(str, bases))
-                raise UserError(f"{path}: {split}: {text!r} is not in {folders}; correct it")
+                here = sorted(path.name for path in base.iterdir() if path.is_dir())[:10]
+                there = f"{base} has {', '.join(here)}" if here else f"{base} has no folder"
+                raise UserError(
+                    f"{path}: {split}: {text!r} is not in {folders}; correct it: {there}"
+                )
             sources.append(source)
             if source.is_dir():
                 images += images_below(source, findings)
@@ -108,7 +114,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     """Read a YAML file; return it and its names, a list or a map that counts from 0.
 
     Raises:
-        UserError: if it is no map, gives a key twice, of which YAML would keep the last, or if its
+        UserError: if it is no map, gives a key twice (YAML would keep the last), or if its
             names are no names, or disagree with their numbers or with `nc`.
     """
     text = read_text(path)
@@ -227,6 +233,7 @@ def read_split(split: Split, names: Sequence[str], columns: int) -> list[Sample]
         columns: numbers that describe the keypoints of an object, behind its box.
     """
     samples, findings = [], split.findings
+    centred, limits = [], []  # all boxes but polygons, and the sizes of their images
     for image, label in zip(split.images, split.labels, strict=True):
         header = read_header(image, findings)
         sample = Sample(image, header.shown if header else (1, 1))
@@ -234,7 +241,8 @@ def read_split(split: Split, names: Sequence[str], columns: int) -> list[Sample]
         try:
             lines = read_lines(label) if os.path.lexists(label) else []
         except UserError as error:
-            findings.add("label files that cannot be read", str(error))
+            reason, *_ = str(error).rsplit("; ", 1)  # the rule has a fix of its own
+            findings.add("label files that cannot be read", reason)
             continue
         seen = set[tuple[int, tuple[float, ...]]]()
         for where, line in lines:
@@ -247,8 +255,23 @@ def read_split(split: Split, names: Sequence[str], columns: int) -> list[Sample]
                 seen.add(row)
                 (height, width), (x1, y1, x2, y2) = sample.size, row[1]
                 corners = (x1 * width, y1 * height, x2 * width, y2 * height)
+                if rule != "polygons":
+                    centred.append(corners)
+                    limits.append((width, height))
                 sample.add_box(corners, names[row[0]], False, findings, where)
+    for case in _corner_statistics(np.array(centred), np.array(limits)):
+        findings.add("boxes that look like x1 y1 x2 y2", case)
     return samples
+
+
+def _corner_statistics(xyxy: np.ndarray, limit: np.ndarray) -> list[str]:
+    """Explain how the numbers that were read as centre, width and height show two corners."""
+    if len(xyxy) == 0:
+        return []
+    first, last = xyxy[:, :2], xyxy[:, 2:]
+    boxes = np.concatenate([(first + last) / 2, last - first], axis=1)  # as the file has them
+    leaves = np.any((first < -1) | (last > limit + 1), axis=1)
+    return corner_statistics(boxes, limit, leaves)
 
 
 def _parse_line(

@@ -8,7 +8,9 @@ infinity are in none.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -44,7 +46,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.remembered: list[argparse.Action] = []
 
     def error(self, message: str) -> NoReturn:
-        """Raise a UserError instead of printing the usage."""
+        """Raise a UserError instead of printing the usage; name the flag that was meant."""
+        if unknown := re.match("unrecognized arguments: (--[^= ]+)", message):
+            alike = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"; did you mean {alike[0]}?" if alike else ""
         raise UserError(f"{message} (--help lists all flags)")
 
     def group(

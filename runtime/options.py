@@ -36,11 +36,12 @@ SWITCH = argparse.BooleanOptionalAction
 COUNT, WHOLE, SHARE = positive(int), non_negative(int), between(float, 0, 1)
 PIXELS = positive(int, at_most=20_000)
 UNSET = "the model's default if not set"
+DESCRIPTION = "Train and evaluate box detectors: RetinaNet by its published recipe."
 
 
-def build_parser() -> ArgumentParser:
-    """Declare every flag."""
-    parser = ArgumentParser("Train and evaluate box detectors: RetinaNet by its published recipe.")
+def build_parser(description: str = DESCRIPTION) -> ArgumentParser:
+    """Declare every flag of train.py, which some tools take too."""
+    parser = ArgumentParser(description)
     _add_data_flags(parser)
     _add_model_flags(parser)
     _add_optimization_flags(parser)

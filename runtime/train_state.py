@@ -175,7 +175,7 @@ class LastStep:
     """
 
     step: int
-    image_ids: list[int]
+    targets: list[dict[str, Tensor]]
     image_name: Callable[[int], object]
     advice: str
     norm: HostCopy | None = None
@@ -211,7 +211,8 @@ class LastStep:
 
     def log_images(self) -> None:
         """Log which images the step had on this process."""
-        names = ", ".join(str(self.image_name(image_id)) for image_id in self.image_ids)
+        image_ids = [int(target["image_id"]) for target in self.targets]
+        names = ", ".join(str(self.image_name(image_id)) for image_id in image_ids)
         logger.error("step %d is not finite; its images: %s", self.step, names)
 
 

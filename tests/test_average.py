@@ -112,7 +112,7 @@ def test_neither_a_file_nor_a_run_is_overwritten(tmp_path: Path, name: str) -> N
     path = write(tmp_path / "a.pth", FIRST)
     before = sorted(tmp_path.iterdir()), path.read_bytes()
     with pytest.raises(UserError, match=rf"--output .*{name}: .* choose another"):
-        average.main([str(path), str(path), "--output", str(tmp_path / name)])
+        average.main([str(path), "--output", str(tmp_path / name)])
     assert (sorted(tmp_path.iterdir()), path.read_bytes()) == before
 
 
@@ -143,3 +143,11 @@ def test_an_average_of_a_run_is_evaluated_predicts_and_is_not_resumed(
     assert predict.main(["--checkpoint", str(output), images, *flags]) == 0
     message = error_of("--resume", str(output), "--output-dir", str(tmp_path / "other"))
     assert "no checkpoint of a run, it lacks optimizer" in message and "--weights" in message
+
+
+@pytest.mark.parametrize("names", [["a.pth"], ["a.pth", "b.pth", "a.pth"], ["a.pth", "./a.pth"]])
+def test_fewer_than_two_checkpoints_have_no_mean(tmp_path: Path, names: list[str]) -> None:
+    for name in ("a.pth", "b.pth"):
+        write(tmp_path / name, FIRST)
+    with pytest.raises(UserError, match="give two checkpoints or more, each once"):
+        average.average([tmp_path / name for name in names])

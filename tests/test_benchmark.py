@@ -177,6 +177,7 @@ def test_step_counts_no_wait_in_ours_and_many_in_torchvisions(
     waits = rows["host waits, model alone"]
     assert waits["ours"] == 0 and waits["torchvision"] >= 20 and waits["met"]
     whole = rows["host waits, whole step"]
+    assert whole["met"]
     assert whole["torchvision"] == waits["torchvision"] + 4  # the loss, and three for the log
     calls = rows["operator calls, anchors and loss"]
     # At this size; the budget of a quarter is for the recipe's, where torchvision calls more. Calls

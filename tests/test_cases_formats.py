@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data import checks, coco_json, coco_rules, conversion, image_files, labelled
+from data.coco_arrays import Annotations
 from data.splits import read_splits
 from tools import convert
 from utils import UserError
@@ -348,7 +349,7 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
     "v21_filename_of_other": (
         names_rotated,
         ("red", "blue"),
-        {"XML files of which <filename> names another image": 5},
+        {"XML files whose <filename> names another image": 5},
     ),
     "v23_difficult_word": (
         replace("Annotations/t*.xml", "<difficult>0", "<difficult>Unspecified"),
@@ -750,7 +751,15 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "voc, XML without an image": (
         lambda root: (root / "JPEGImages/t1.png").unlink(),
-        ["XML files without an image.*Annotations/t1.xml nor 't1.png'"],
+        [r"XML files without an image: Annotations/t1\.xml \('t1\.png'\)"],
+    ),
+    "voc, no image folder": (
+        lambda root: shutil.rmtree(root / "JPEGImages"),
+        [r"no images in \S+/data; put them there, or, beside Annotations/, in JPEGImages/"],
+    ),
+    "voc, a corner is missing": (
+        replace("Annotations/t1.xml", "<xmin>71</xmin>", ""),
+        [r"t1\.xml:3 'blue' <xmin> is empty or missing"],
     ),
     "voc, two images of one name": (
         both(
@@ -815,7 +824,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     ),
     "a folder that is not there": (
         yaml_of("[red, blue]", "train: images/nowhere\nval: images/val\n"),
-        ["train: 'images/nowhere' is not in .*/data; correct it"],
+        ["train: 'images/nowhere' is not in .*/data; correct it: .*/data has images, labels"],
     ),
     "decimal commas": (
         in_files(LINE, lambda text: text.replace(".", ",")),
@@ -828,7 +837,7 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "half a class": (put(LINE, "0.5 0.5 0.5 0.5 0.4"), [r"t1\.txt:1 class 0\.5 of 2"]),
     "labels in UTF-16": (
         in_files(LINE, str, "utf-16"),
-        [r"label files.*train/t1\.txt is not UTF-8 at byte 0"],
+        [r"label files.*train/t1\.txt is not UTF-8 at byte 0 \(write them again"],
     ),
     "an image that is none": (
         put("images/train/t1.png", "text"),
@@ -912,6 +921,29 @@ def test_all_errors_of_both_splits_are_listed_at_once(tmp_path: Path) -> None:
         conversion.coco_paths("yolo", root)
     text = str(caught.value)
     assert "t1.txt:1 class 7" in text and "t1.txt:2 [30" in text and "v3.txt:1 2 numbers" in text
+
+
+@pytest.mark.parametrize("as_corners", [True, False])
+def test_yolo_boxes_of_two_corners_are_detected_by_statistics(
+    as_corners: bool, tmp_path: Path
+) -> None:
+    """Corners of boxes in the right half, read as centre and size, leave the image."""
+    lines = []
+    for i in range(20):
+        x, y, w, h = 0.1 + 0.03 * i, 0.2 + 0.02 * i, 0.1 + 0.01 * (i % 5), 0.2
+        values = (x, y, x + w, y + h) if as_corners else (x + w / 2, y + h / 2, w, h)
+        lines.append(f"{i % 2} " + " ".join(f"{value:.6f}" for value in values))
+    root = yolo(tmp_path / "data")
+    in_files("labels/*/*.txt", lambda text: "")(root)
+    write(root / LINE, "\n".join(lines) + "\n")
+    findings = [f for f in read("yolo", root)[1] if "x1 y1 x2 y2" in f.what]
+    assert len(findings) == as_corners
+    for finding in findings:
+        assert re.fullmatch(
+            r"warning: boxes that look like x1 y1 x2 y2: \d+ of 20 leave the image as x y w h, "
+            r"0 as corners \(are they\? look: check_data --plot\)",
+            str(finding),
+        )
 
 
 def test_the_yaml_file_itself_is_a_data_path(tmp_path: Path) -> None:
@@ -1373,18 +1405,21 @@ def test_an_image_in_both_splits_is_reported_once(
 def test_errors_and_warnings_name_the_folder_of_the_user_and_no_cached_file(
     layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """y17: nothing to train on, and a class that no box has."""
+    """y17: a class that no box has; then nothing to train on, which is one finding, not two."""
     root = {"voc": voc, "yolo": yolo}[layout](tmp_path / "data")
-    if layout == "voc":
-        in_files("Annotations/t*.xml", lambda t: re.sub("(?s)<object>.*</object>", "", t))(root)
-    else:
-        in_files("labels/train/*.txt", lambda text: "")(root)
-    (annotations,) = read_splits(conversion.coco_paths(layout, root), ["train"])
+
+    def keep_lines(pattern: str) -> Annotations:
+        files = "Annotations/t*.xml" if layout == "voc" else "labels/train/*.txt"
+        in_files(files, lambda text: "\n".join(re.findall(pattern, text, re.M)))(root)
+        caplog.clear()
+        return read_splits(conversion.coco_paths(layout, root), ["train"])[0]
+
+    keep_lines("^.*red.*$|^</?annotation.*$" if layout == "voc" else "^0.*$")
     assert caplog.messages == [
-        "data: train: warning: categories without boxes (2): "
-        + ("blue, red" if layout == "voc" else "red, blue")
-        + " (kept as classes)"
+        "data: train: warning: categories without boxes: blue (kept as classes)"
     ]
+    annotations = keep_lines("^</?annotation.*$" if layout == "voc" else "^$^")
+    assert caplog.messages == []
     with pytest.raises(UserError) as caught:
         checks.require_boxes(annotations)
     assert str(caught.value).startswith(f"{root}: train cannot be used\n  no box to train on: no ")

@@ -97,7 +97,7 @@ def assert_nothing_is_left(runs: Runs) -> None:
 
 # An epoch has three steps. 0 is a stop while the first epoch is evaluated.
 @pytest.mark.parametrize(
-    "stops", [pytest.param((3, 0), marks=smoke), (1, 2, 3, 0, 4, 5)], ids=["edges", "all"]
+    "stops", [pytest.param((1, 0), marks=smoke), (1, 2, 3, 0, 4, 5)], ids=["two", "all"]
 )
 def test_1_stops_at_any_step_and_in_the_evaluation(
     stops: tuple[int, ...], make_runs: MakeRuns, baseline: Baseline
@@ -123,14 +123,12 @@ def stop_at(stops: tuple[int, ...], runs: Runs, expected: dict[str, str]) -> Non
     assert_same(runs.gate(), expected)
 
 
-@smoke
 def test_2_stops_at_steps_1_and_4(make_runs: MakeRuns, baseline: Baseline) -> None:
     runs = make_runs()
     stop_at((1, 4), runs, baseline(3))
     assert newest_step(runs) == 6
 
 
-@smoke
 def test_2_fails_without_the_warm_up_of_ddp(make_runs: MakeRuns) -> None:
     # Compared with a run that lacks it as well, which has the first step's order of sums only once.
     without = make_runs("--epochs", "1", mutations=["no warm-up"])
@@ -217,8 +215,11 @@ def test_5_sigterm_at_random_times(make_runs: MakeRuns, baseline: Baseline) -> N
     assert_nothing_is_left(runs)
 
 
-@smoke
-@pytest.mark.parametrize("mutations", [[], ["mortal workers"]], ids=["immortal", "mortal"])
+@pytest.mark.parametrize(
+    "mutations",
+    [pytest.param([], marks=smoke), ["mortal workers"]],
+    ids=["immortal", "mortal"],
+)
 def test_5_what_signals_a_group_of_processes_does_not_end_loader_workers(
     mutations: list[str], make_runs: MakeRuns, baseline: Baseline
 ) -> None:
@@ -333,7 +334,6 @@ def test_8_kill_at_each_operation_of_a_save(
     assert kills == len(operations) if len(operations) == 2 else kills > 12
 
 
-@smoke
 def test_8_fails_if_a_save_writes_in_place(make_runs: MakeRuns, baseline: Baseline) -> None:
     runs = make_runs(*ALONE, mutations=["save in place"])
     with pytest.raises(AssertionError):
@@ -378,13 +378,12 @@ def damage_and_resume(runs: Runs, damages: list[str], expected: dict[str, str]) 
 def test_9_damage_is_logged_and_the_checkpoint_before_is_used(
     damages: list[str], make_runs: MakeRuns, baseline: Baseline
 ) -> None:
-    flags = ("--accumulate-steps", "2")
+    flags = ("--accumulate-steps", "2") if len(damages) > 1 else ALONE
     runs = make_runs(*flags)
     damage_and_resume(runs, damages, baseline(1, *flags))
     assert checkpoint.NEWEST in runs.verified()  # the damaged one was replaced
 
 
-@smoke
 def test_9_fails_if_nothing_is_verified(make_runs: MakeRuns, baseline: Baseline) -> None:
     flags = ("--accumulate-steps", "2")
     runs = make_runs(*flags, mutations=["unverified"])
@@ -636,7 +635,6 @@ def test_17_lines_of_the_log_cover_steps_on_both_sides_of_a_stop(make_runs: Make
 # --- 24: repeated images --------------------------------------------------------------------------
 
 
-@smoke
 def test_24_a_stop_in_an_epoch_that_repeats_images(make_runs: MakeRuns, baseline: Baseline) -> None:
     flags = ("--repeat-threshold", "1", "--eval-every", "0")
     runs = make_runs(*flags)

@@ -81,9 +81,11 @@ def test_a_command_of_the_docs_is_accepted_as_written(
         ("--epochs 1.5", "--epochs: '1.5' is not a whole number; give one greater than 0, at most"),
         ("--wd x", "--wd/--weight-decay: 'x' is not a number; give one of at least 0"),
         ("--momentum x", "--momentum: 'x' is not a number; give one from 0 to 1"),
+        ("--momentun 0.9", "arguments: --momentun 0.9; did you mean --momentum? (--help"),
+        ("--zzz=1", "unrecognized arguments: --zzz=1 (--help lists all flags)"),
     ],
 )
-def test_a_wrong_number_is_refused_with_the_right_ones(words: str, message: str) -> None:
+def test_a_wrong_flag_is_refused_with_the_right_one(words: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         train_script.parse_args(words.split())
     assert message in str(raised.value) and "\n" not in str(raised.value)

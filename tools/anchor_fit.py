@@ -189,7 +189,7 @@ def flag_text(sizes: Sequence[int], ratios: Sequence[float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the best-possible recall, and better anchors if it is low; flags are train.py's."""
-    parser = options.build_parser()
+    parser = options.build_parser("Print how well anchors cover the boxes; flags are train.py's.")
     flags = parser.parse_args(argv)
     options.check_flags(flags)
     require_retinanet(flags.model)

@@ -52,8 +52,11 @@ def average(paths: list[Path]) -> dict[str, Any]:
     """Return a checkpoint with the mean of the weights in `paths`, computed in float64.
 
     Raises:
-        UserError: names a checkpoint that cannot be read, or does not fit the first.
+        UserError: names a checkpoint that cannot be read, or does not fit the first; or if there
+            are fewer than two, or one is given twice.
     """
+    if len({path.resolve() for path in paths}) < max(2, len(paths)):
+        raise UserError("give two checkpoints or more, each once")
     first = last = read_verified(paths[0])
     sums, expected = {k: v.double() for k, v in first.state.items()}, meaning(first)
     for last in map(read_verified, paths[1:]):

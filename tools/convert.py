@@ -55,7 +55,7 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
     if "val" in located:
         extra = {name for _, name in located["val"][0].categories} - {n for _, n in categories}
         if extra:
-            raise UserError(f"{files['val']} has classes that train has not: {sorted(extra)[:10]}")
+            raise UserError(f"{files['val']} has classes that train lacks: {sorted(extra)[:10]}")
     return {split: _samples(*split_files) for split, split_files in located.items()}, categories
 
 

@@ -90,7 +90,7 @@ def draw_batches(
 
 def build_parser(step: str = "batch") -> ArgumentParser:
     """Declare the flags: those of train.py, and what is drawn."""
-    parser = options.build_parser()
+    parser = options.build_parser(f"Draw {step}. Flags are train.py's, and those of the picture.")
     add = parser.add_argument_group("picture").add_argument
     name = f"{step}.jpg" if step == "batch" else f"{step}.png"
     add("--picture", type=Path, default=Path(name), help="file to write, in --output-dir if given")

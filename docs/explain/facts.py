@@ -46,7 +46,7 @@ WORKED_ANCHORS = (
 def network() -> tuple[Any, dict[str, tuple[int, ...]], dict[str, float]]:
     """Return the recipe's model, shapes of its outputs, and multiply-adds per module, for `SIZE`.
 
-    Nothing is computed: the tensors have shapes alone.
+    Nothing is computed: the tensors only have shapes.
     """
     classes = [{"name": "any", "label": CLASSES - 1}]
     backbone = "ResNet50_Weights.IMAGENET1K_V1"

@@ -118,7 +118,9 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Declare the subcommands; each module declares its own flags."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m tools.benchmark", description=(__doc__ or "").split("\n\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in SUBCOMMANDS.items():
         command = commands.add_parser(
