@@ -102,7 +102,9 @@ def assert_nothing_is_left(runs: Runs) -> None:
 def test_1_stops_at_any_step_and_in_the_evaluation(
     stops: tuple[int, ...], make_runs: MakeRuns, baseline: Baseline
 ) -> None:
-    runs = make_runs()
+    # Without workers a start takes half as long; where they matter is in other tests.
+    flags = ("--workers", "0") if len(stops) == 2 else ()
+    runs = make_runs(*flags)
     for stop in stops:
         if stop:
             runs.run("--max-steps", str(stop), ranks=3)
@@ -112,7 +114,7 @@ def test_1_stops_at_any_step_and_in_the_evaluation(
             assert newest_step(runs) == 3 and "signal to another" in preempted(runs)
             assert '"AP"' not in (runs.folder / "metrics.jsonl").read_text()
     runs.run(ranks=3)
-    assert_same(runs.gate(), baseline(3))
+    assert_same(runs.gate(), baseline(3, *flags))
     assert_nothing_is_left(runs)
 
 
@@ -182,10 +184,10 @@ def stop_by_signal(runs: Runs, at: str, **fault: Any) -> Launched:
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param(("step:2", "save:1"), marks=smoke),
+        pytest.param(("step:2",), marks=smoke),
         ("start", "joined", "step:1", "save:1", "eval:1", "step:6", "eval:1"),
     ],
-    ids=["two", "all"],
+    ids=["one", "all"],
 )
 def test_5_sigterm_at_any_moment(
     moments: tuple[str, ...], make_runs: MakeRuns, baseline: Baseline

@@ -347,6 +347,7 @@ def test_checkpoints_load_into_a_plain_torchvision_model(finished_run: tuple[Pat
     assert names == ["circle", "square", "triangle"]
 
 
+@pytest.mark.parametrize("finished_run", [2], indirect=True, ids=["2-processes"])
 def test_evaluation_alone_gives_one_set_of_numbers(
     finished_run: tuple[Path, str], tiny_shapes: Path, tmp_path: Path
 ) -> None:
@@ -396,12 +397,12 @@ def test_a_deterministic_run_that_stopped_within_an_epoch_ends_with_the_same_bit
 ) -> None:
     flags = ("--use-deterministic-algorithms", "--device", device, "--amp", "bf16")
     flags = (*flags, "--data-augmentation", "multiscale", "--ema-decay", "0.9", "--eval-every", "0")
-    for folder, steps in (("whole", (4,)), ("parts", (1, 3, 4))):
+    for folder, steps in (("whole", (2,)), ("parts", (1, 2))):
         for step in steps:
             more = ("--resume", "auto", "--max-steps", str(step))
             train(*flags, *more, "--output-dir", tmp_path / folder)
     whole, parts = (checkpoint.load(tmp_path / f / "checkpoint.pth") for f in ("whole", "parts"))
-    assert whole["step"] == 4 and whole["position"] > 0  # within an epoch
+    assert whole["step"] == 2 and whole["position"] == 2  # within an epoch
     for part in ("model", "ema", "optimizer"):
         assert_equal(whole[part], parts[part])
 
