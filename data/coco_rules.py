@@ -105,6 +105,7 @@ _FOLDER_WARNINGS = {
     "images that a list names twice": "used once",
     "boxes over the border of their image": "clipped",
     "boxes outside of their image": "left out",
+    "boxes whose x and y look like a corner": "read as the centre; look: check_data --plot",
     "XML files whose <filename> names another image": "paired by the file's name",
     "XML files paired by <filename>": "no image has the file's name",
     "XML files without a size": "taken from the image as viewers show it",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data.checks import corner_statistics
+from data.checks import FEW_BOXES, corner_statistics
 from data.coco_rules import Findings
 from data.files import number, read_lines, read_text
 from data.labelled import Layout, Sample, Split, images_below, read_header
@@ -259,19 +259,23 @@ def read_split(split: Split, names: Sequence[str], columns: int) -> list[Sample]
                     centred.append(corners)
                     limits.append((width, height))
                 sample.add_box(corners, names[row[0]], False, findings, where)
-    for case in _corner_statistics(np.array(centred), np.array(limits)):
-        findings.add("boxes that look like x1 y1 x2 y2", case)
+    if len(centred) >= FEW_BOXES:
+        _check_centres(np.array(centred), np.array(limits), findings)
     return samples
 
 
-def _corner_statistics(xyxy: np.ndarray, limit: np.ndarray) -> list[str]:
-    """Explain how the numbers that were read as centre, width and height show two corners."""
-    if len(xyxy) == 0:
-        return []
+def _check_centres(xyxy: np.ndarray, limit: np.ndarray, findings: Findings) -> None:
+    """Report boxes whose numbers show that they are not centre, width and height."""
     first, last = xyxy[:, :2], xyxy[:, 2:]
-    boxes = np.concatenate([(first + last) / 2, last - first], axis=1)  # as the file has them
+    point, size = (first + last) / 2, last - first  # as the file has them
     leaves = np.any((first < -1) | (last > limit + 1), axis=1)
-    return corner_statistics(boxes, limit, leaves)
+    is_within = np.all(point + size <= limit + 1, axis=1)
+    if cases := corner_statistics(np.concatenate([point, size], axis=1), limit, leaves):
+        findings.add("boxes that look like x1 y1 x2 y2", cases[0])
+    elif leaves.mean() >= 0.1 and is_within.mean() >= 0.98:
+        case = f"{leaves.sum():,} of {len(leaves):,} leave the image around a centre"
+        case += f", {(~is_within).sum():,} from a corner"
+        findings.add("boxes whose x and y look like a corner", case)
 
 
 def _parse_line(
