@@ -93,6 +93,12 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
     width, height = images["width"], images["height"]
     is_large = width.astype(np.float64) * height > MAX_PIXELS
     is_unsafe = [number for number, name in enumerate(names) if is_unsafe_name(name)]
+    named_classes = np.array([bool(name.strip()) for name in classes], bool)
+    spellings: dict[str, set[str]] = {}
+    for name in classes:
+        spellings.setdefault(" ".join(name.lower().split()), set()).add(name)
+    groups = [sorted(names) for names in spellings.values() if len(names) > 1]
+    alike = [" and ".join(map(repr, names)) for names in groups]
     background = [name for name in classes if name.strip("_ ").lower() == "background"]
     is_unused = ~np.isin(categories["id"], annotations["category_id"])
     is_unused &= len(annotations["id"]) > 0  # otherwise that is what is wrong
@@ -122,6 +128,8 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
         *finding("no categories", [] if len(classes) else ["$.categories"]),
         *finding("category ids that occur twice", _repeated(categories["id"])),
         *finding("category names that occur twice", _repeated(classes)),
+        *finding("category names that are empty", categories["id"][~named_classes]),
+        *finding("categories that differ in case or blanks only", alike),
         *finding("categories named background", background, repr),
         *finding("categories without boxes", classes[is_unused]),
         *finding(unknown, is_lost, of_image),

@@ -15,7 +15,8 @@ OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jp2", ".dng", ".jxl", ".ppm")  # 
 def files_below(folder: Path, *suffixes: str) -> list[Path]:
     """Return all regular files with such a suffix below a folder, sorted; links are followed.
 
-    Hidden files and folders are skipped: macOS adds ._x.jpg, Jupyter .ipynb_checkpoints/x.jpg.
+    A link to nothing counts as a file, so that reading it says what is missing. Hidden files and
+    folders are skipped: macOS adds ._x.jpg, Jupyter .ipynb_checkpoints/x.jpg.
     """
     files, seen = [], set()
     for current, folders, names in os.walk(folder, followlinks=True):
@@ -24,7 +25,8 @@ def files_below(folder: Path, *suffixes: str) -> list[Path]:
         seen.add(real)
         folders[:] = [name for name in folders if is_new and not name.startswith(".")]
         files += [Path(current, name) for name in names if is_new and not name.startswith(".")]
-    return sorted(path for path in files if path.suffix.lower() in suffixes and path.is_file())
+    files = [path for path in files if path.suffix.lower() in suffixes]
+    return sorted(path for path in files if path.is_file() or not path.exists())
 
 
 def without_suffix(name: str) -> str:

@@ -64,6 +64,8 @@ def read_header(path: Path) -> Header:
     """
     if not path.is_file():
         raise ImageError("is missing", "image files missing")
+    if path.stat().st_size == 0:
+        raise ImageError("is empty", "image files that are damaged")
     with _image_errors(), Image.open(path, formats=IMAGE_FORMATS) as image:
         return _header_of(image)
 

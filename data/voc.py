@@ -44,6 +44,8 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     all_lists = {path.stem: path for path in paths}
     lists = {split: all_lists.get(str(path), path) for split, path in chosen.items()}
     lists = lists or {name: path for name, path in all_lists.items() if (name,) in _CHOICES}
+    if not lists and "default" in all_lists:  # as CVAT calls it
+        lists = {"train": all_lists["default"]}
     inner = [*root.glob("*/ImageSets"), *root.glob("VOCdevkit/*/ImageSets")]
     inner = sorted(path.parent for path in inner)
     if not all_lists and len(inner) > 1:
@@ -62,7 +64,11 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     if choice in _PAIRS[1:]:
         case = f"{choice[0]} for train, {choice[1]} for val"
         splits["train"].findings.add("no lists train and val", case)
+    elif not chosen and lists.keys() - all_lists.keys():
+        splits["train"].findings.add("no lists train and val", lists["train"])
     for split in splits.values():
+        if split.is_listed and not split.labels and not split.findings.cases:
+            raise UserError(f"--data-path {root}: a list of {', '.join(lists)} names no image")
         if not split.images and not split.findings.cases:
             raise UserError(
                 f"--data-path {root}: no images in {split.root}; put them there, or, beside "
@@ -98,14 +104,18 @@ def _listed(root: Path, path: Path) -> Split:
     findings, listed = Findings(root), dict[Path, None]()
     for where, line in read_lines(path, "surrogateescape"):
         # A name may have blanks, folders before it, a suffix, and 1, 0 or -1 behind it.
-        names = [line, without_suffix(line), line.split()[0], without_suffix(line.split()[0])]
+        first, *rest = line.split()
+        names = [line, without_suffix(line), first, without_suffix(first)]
         names += [re.split(r"[/\\]", name)[-1] for name in names]
         name = next((name for name in names if name in known), None)
         if name is None:
-            case = labels / f"{line.split()[0]}.xml"
+            case = labels / f"{first}.xml"
             findings.add("XML files that a list names and that are missing", case)
             continue
-        if name != line and re.search(r"\s(-?1|0)$", line):
+        if rest and name not in names[:2] + names[4:6]:  # the first word is the name
+            if rest not in (["1"], ["0"], ["-1"]):
+                findings.add("list lines that name several images", where, f" {line}")
+                continue
             findings.add("list lines with 1, 0 or -1 of one class", where)
         if known[name] in listed:
             findings.add("images that a list names twice", where)
@@ -236,8 +246,13 @@ def _read_objects(tree: Element, label: Path, sample: Sample, findings: Findings
         x1, y1, x2, y2 = map(number, corners.values())
         where = f"{label}:{element.get('line')}" + (f" {name!r}" if name else "")
         problem = ""
-        if element.find("bndbox") is None:
-            problem = "has no <bndbox>"
+        counts = {tag: len(element.findall(tag)) for tag in ("name", "bndbox")}
+        counts |= {corner: len(element.findall(f"bndbox/{corner}")) for corner in _CORNERS}
+        if twice := [f"{count} <{tag}>" for tag, count in counts.items() if count > 1]:
+            problem = f"has {twice[0]}"
+        elif element.find("bndbox") is None:
+            shapes = [tag for tag in ("robndbox", "polygon") if element.find(tag) is not None]
+            problem = "has no <bndbox>" + "".join(f", but <{tag}>" for tag in shapes)
         elif not name:
             problem = "has no <name>"
         elif wrong := [corner for corner in _CORNERS if math.isnan(number(corners[corner]))]:
@@ -250,7 +265,8 @@ def _read_objects(tree: Element, label: Path, sample: Sample, findings: Findings
         if problem:
             findings.add("objects that cannot be read", where, f" {problem}")
             continue
-        if difficult not in ("", "0", "1"):
+        is_difficult = difficult.lower() in ("1", "true")
+        if not is_difficult and difficult.lower() not in ("", "0", "false"):
             findings.add("<difficult> that is neither 0 nor 1", where, f" {difficult[:20]!r}")
         # The first pixel is number 1, and the last one belongs to the box.
-        sample.add_box((x1 - 1, y1 - 1, x2, y2), name, difficult == "1", findings, where)
+        sample.add_box((x1 - 1, y1 - 1, x2, y2), name, is_difficult, findings, where)

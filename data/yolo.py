@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import yaml
@@ -36,16 +38,19 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
         UserError: if names or images are missing or ambiguous.
     """
     path = root if root.is_file() else _choose_yaml(root)
+    base = root if root.is_dir() else root.parent
+    findings = Findings(base)
     if path is None:
         path, config, names = _without_yaml(root)
     else:
         config, names = _read_yaml(path)
+        for other in _class_lists(base):
+            if [line for _, line in read_lines(other)] != names:
+                findings.add("class lists that differ from the one used", other)
     if twice := _twice(names):
         raise UserError(f"{path}: the name {twice[0]!r} occurs twice; name each class once")
     if not names:
         raise UserError(f"{path} names no class; write one name a line")
-    base = root if root.is_dir() else root.parent
-    findings = Findings(base)
     val = next((key for key in _VAL_KEYS if config.get(key)), "val")
     if val != "val":
         findings.add("no val in the YAML file", path, f" has {val}")
@@ -97,17 +102,41 @@ def _choose_yaml(root: Path) -> Path | None:
 
 def _without_yaml(root: Path) -> tuple[Path, dict[str, Any], list[str]]:
     """Return classes.txt, what a YAML file would say, and the names of the classes."""
-    files = [path for path in (root / "classes.txt", root / "labels/classes.txt") if path.is_file()]
-    if not files or not (root / "images").is_dir():
+    files = _class_lists(root)
+    if not files:
         raise UserError(
             f"{root} has no YAML file; give the folder with data.yaml (names, train "
             "and val), or one with classes.txt, images/ and labels/"
         )
-    names = [line for _, line in read_lines(files[0])]
+    lists = [_read_names(path) for path in files]
+    names = lists[0]
+    if lists[1:] not in ([], [names]):
+        raise UserError(f"{files[0]} and {files[1]} name different classes; keep the right one")
+    if not (root / "images").is_dir():  # labels lie beside the images, as labelImg writes them
+        return files[0], {"train": "."}, names
     folders = {key: f"images/{key}" for key in ("train", *_VAL_KEYS)}
     splits = {key: folder for key, folder in folders.items() if (root / folder).is_dir()}
     is_split = "train" in splits and len(splits) > 1
     return files[0], splits if is_split else {"train": "images"}, names
+
+
+def _class_lists(root: Path) -> list[Path]:
+    return [path for path in (root / "classes.txt", root / "labels/classes.txt") if path.is_file()]
+
+
+def _read_names(path: Path) -> list[str]:
+    """Read one class a line.
+
+    Raises:
+        UserError: if a line is blank, a comment, or holds more than a name.
+    """
+    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    is_numbered = len(lines) > 1 and all(re.match(r"\d+[\s:,]", line) for line in lines)
+    for row, line in enumerate(lines, start=1):
+        if not line or line.startswith("#") or is_numbered or (len(lines) == 1 and "," in line):
+            reason = f"{line[:40]!r} is no name of a class" if line else "is blank"
+            raise UserError(f"{path}:{row} {reason}; write one name a line, in order")
+    return lines
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -146,6 +175,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], list[str]]:
     keys = [int(key) if str(key).isdecimal() else -1 for key in numbered]
     if sorted(keys) != list(range(len(keys))):
         first = next(iter(numbered))
+        if 0 in keys:
+            raise UserError(f"{path}: names are numbered with gaps; number them 0, 1, 2 …")
         raise UserError(f"{path}: names are numbered from {first!r}; label files count from 0")
     names = [str(name) for _, name in sorted(zip(keys, numbered.values(), strict=True))]
     if (count := config.get("nc", len(names))) != len(names):
@@ -200,13 +231,14 @@ def _pair(images: Sequence[Path], title: str, findings: Findings) -> Split:
     labels = [Path(text).with_suffix(".txt") for text in texts]
     folders = sorted({label.parent for label in labels})
     listed = {
-        (path.parent, path.stem): path
+        (path.parent, normalize("NFC", path.stem)): path  # macOS writes ü as two characters
         for folder in folders
         for path in sorted(folder.glob("[!.]*.[tT][xX][tT]"))
     }
-    labels = [listed.get((label.parent, label.stem), label) for label in labels]
-    unused = dict.fromkeys(listed.values())
-    if images and unused.keys().isdisjoint(labels):
+    keys = [(label.parent, normalize("NFC", label.stem)) for label in labels]
+    labels = [listed.get(key, label) for key, label in zip(keys, labels, strict=True)]
+    there, unused = set(listed.values()), dict.fromkeys(listed.values())
+    if images and there.isdisjoint(labels):
         more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
         raise UserError(
             f"{title}: no label file for any of {len(images)} images; looked in {folders[0]}{more} "
@@ -216,7 +248,7 @@ def _pair(images: Sequence[Path], title: str, findings: Findings) -> Split:
     for image, label in zip(images, labels, strict=True):
         if count[label] > 1:
             findings.add("images that share a label file", image)
-        if (label.parent, label.stem) not in listed:
+        if label not in there:
             findings.add("images without a label file", image)
         unused.pop(label, None)
     for path in unused:
@@ -237,6 +269,8 @@ def read_split(split: Split, names: Sequence[str], columns: int) -> list[Sample]
     for image, label in zip(split.images, split.labels, strict=True):
         header = read_header(image, findings)
         sample = Sample(image, header.shown if header else (1, 1))
+        if header and header.orientation > 1:
+            findings.add("image files turned by EXIF, which their size cannot confirm", image)
         samples.append(sample)
         try:
             lines = read_lines(label) if os.path.lexists(label) else []

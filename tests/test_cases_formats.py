@@ -356,6 +356,16 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ("red", "blue"),
         {"<difficult> that is neither 0 nor 1": 6},
     ),
+    "voc, difficult as a truth value": (
+        replace("Annotations/t*.xml", "<difficult>0", "<difficult>False"),
+        ("red", "blue"),
+        {},
+    ),
+    "a class list of another order beside the YAML file": (
+        put("labels/classes.txt", "blue\nred"),
+        ("red", "blue"),
+        {"class lists that differ from the one used": 1},
+    ),
     "v27_root_tag": (
         both(replace(XML, "annotation>", "Annotation>")),
         ("red", "blue"),
@@ -618,6 +628,78 @@ def test_unambiguous_folders_are_used_with_a_count(case: str, tmp_path: Path) ->
     assert warned(findings) == counts
 
 
+def test_a_list_default_is_that_of_train(tmp_path: Path) -> None:
+    """As CVAT calls the list of a task that has no subsets."""
+    root = voc(tmp_path / "data")
+    shutil.rmtree(root / "ImageSets")
+    write(root / "ImageSets/Main/default.txt", "t0\nv3")
+    layout = conversion.find("voc", root)
+    assert layout.splits.keys() == {"train"}
+    assert [sample.image.stem for sample in layout.read(layout.splits["train"])] == ["t0", "v3"]
+    (finding,) = layout.splits["train"].findings.as_list()
+    assert str(finding) == (
+        "warning: no lists train and val: ImageSets/Main/default.txt (others are used)"
+    )
+
+
+def test_yolo_labels_beside_their_images_are_used_as_labelimg_writes_them(tmp_path: Path) -> None:
+    root = tmp_path / "flat"
+    for i in range(3):
+        save(root / f"t{i}.png", i)
+        write(root / f"t{i}.txt", label(i))
+    write(root / "classes.txt", "red\nblue\n")
+    assert convert.main(["yolo", str(root), str(tmp_path / "made"), "--val-share", "0.4"]) == 0
+    boxes = coco_boxes(tmp_path / "made" / "annotations")
+    assert boxes == {f"t{i}.png": [("red", red(i)), ("blue", BLUE)] for i in range(3)}
+
+
+def coco_boxes(folder: Path) -> dict[str, list[Any]]:
+    """Return boxes as (name, box) by image of both files of a converted folder."""
+    boxes: dict[str, list[Any]] = {}
+    for split in labelled.SPLITS:
+        annotations, _ = coco_json.read_annotations(folder / f"instances_{split}2017.json")
+        names = [annotations.categories[i][1] for i in annotations.category_index]
+        rows = list(zip(names, annotations.boxes_xywh.round(3).tolist(), strict=True))
+        for i in range(len(annotations)):
+            of_image = rows[annotations.offsets[i] : annotations.offsets[i + 1]]
+            boxes[annotations.file_name(i)] = of_image
+    return boxes
+
+
+def test_a_label_file_in_the_other_form_of_unicode_belongs_to_its_image(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    (root / "images/train/t1.png").rename(root / "images/train/caf\u00e9.png")
+    (root / LINE).rename(root / "labels/train/cafe\u0301.txt")
+    boxes, findings = read("yolo", root)
+    assert boxes["train"]["caf\u00e9.png"] == [("red", red(1)), ("blue", BLUE)]
+    assert findings == []
+
+
+def test_coco_test_is_used_where_there_is_no_val(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Roboflow exports a set without a validation split; macOS adds a hidden file."""
+    root = tmp_path / "data"
+    for split, numbers in (("train", range(3)), ("test", range(3, 5))):
+        for i in numbers:
+            save(root / split / f"{i}.png", i)
+        images = [{"id": i, "file_name": f"{i}.png", "width": 120, "height": 90} for i in numbers]
+        boxes = [
+            {"id": i + 1, "image_id": i, "category_id": 1, "bbox": red(i), "iscrowd": 0, "area": 9}
+            for i in numbers
+        ]
+        document = {
+            "images": images,
+            "annotations": boxes,
+            "categories": [{"id": 1, "name": "red"}],
+        }
+        write(root / split / "_annotations.coco.json", json.dumps(document))
+        write(root / split / "._annotations.coco.json", b"\0")
+    assert convert.main(["coco", str(root), str(tmp_path / "made")]) == 0
+    assert sorted(p.name for p in (tmp_path / "made/val2017").iterdir()) == ["3.png", "4.png"]
+    assert "data: no val, test is used" in caplog.messages
+
+
 LINE = "labels/train/t1.txt"
 # case: the edit, the boxes of t1, and the warnings with their counts.
 CHANGED: dict[str, tuple[Edit, list[Any], dict[str, int]]] = {
@@ -737,6 +819,59 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
     "voc, a corner is nan": (
         replace("Annotations/t1.xml", "<xmin>71<", "<xmin>nan<"),
         [r"t1\.xml:3 'blue' <xmin> is 'nan'"],
+    ),
+    "voc, two boxes in an object": (
+        replace("Annotations/t1.xml", "</object>\n", "<bndbox></bndbox></object>\n"),
+        [r"objects that cannot be read.*t1\.xml:2 'red' has 2 <bndbox>"],
+    ),
+    "voc, two names in an object": (
+        replace("Annotations/t1.xml", TEXT, TEXT + "<name>dog</name>"),
+        [r"t1\.xml:2 'red' has 2 <name>"],
+    ),
+    "voc, a rotated box": (
+        replace("Annotations/t1.xml", "bndbox>", "robndbox>"),
+        [r"t1\.xml:2 'red' has no <bndbox>, but <robndbox>"],
+    ),
+    "voc, two names in a line of a list": (
+        put("ImageSets/Main/train.txt", "t0\nt1 t2"),
+        [r"list lines that name several images: ImageSets/Main/train\.txt:2 t1 t2"],
+    ),
+    "voc, an empty list": (put("ImageSets/Main/val.txt", ""), [r"a list of train, val names no"]),
+    "a broken link": (
+        lambda root: (root / "images/train/x.png").symlink_to("/nowhere/x.png"),
+        [r"image files missing: images/train/x\.png is missing"],
+    ),
+    "an empty image": (
+        put("images/train/t1.png", b""),
+        [r"image files that are damaged: images/train/t1\.png is empty"],
+    ),
+    "two class lists": (
+        both(
+            lambda root: (root / "data.yaml").unlink(),
+            put("classes.txt", "red\nblue"),
+            put("labels/classes.txt", "blue\nred"),
+        ),
+        [r"data/classes\.txt and \S+/labels/classes\.txt name different classes; keep the right"],
+    ),
+    **{
+        f"classes.txt, {name}": (
+            both(lambda root: (root / "data.yaml").unlink(), put("classes.txt", text)),
+            [message],
+        )
+        for name, text, message in [
+            (
+                "a comment",
+                "# classes\nred\nblue",
+                r"classes\.txt:1 '# classes' is no name",
+            ),
+            ("a blank line", "red\n\nblue", r"classes\.txt:2 is blank; write one name a line"),
+            ("one line", "red,blue", r"classes\.txt:1 'red,blue' is no name of a class"),
+            ("numbers", "0 red\n1 blue", r"classes\.txt:1 '0 red' is no name of a class"),
+        ]
+    },
+    "names with a gap": (
+        yaml_of("{0: red, 2: blue}"),
+        ["numbered with gaps; number them 0, 1"],
     ),
     "voc, another size": (
         replace("Annotations/t1.xml", "<width>120", "<width>240"),

@@ -54,6 +54,7 @@ UNSAFE = "file_name not below the image folder"
 LOST = "boxes without width or height in their image"
 NUMBERED = "annotations without an id of their own"
 UNSIZED = "images without width or height"
+ALIKE = "categories that differ in case or blanks only"
 CUT = "boxes partly outside of their image"
 ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "empty file": (
@@ -194,6 +195,7 @@ ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "annotation id twice": (changed(*BOX, "id", to=6), "annotation ids that occur twice", "6"),
     "category id twice": (changed(*CATEGORY, "id", to=1), "category ids that occur twice", "1"),
     "name twice": (changed(*CATEGORY, "name", to="cat"), "category names that occur twice", "cat"),
+    "no name": (changed(*CATEGORY, "name", to=" "), "category names that are empty", "2"),
     "height below 0": (
         changed(*IMAGE, "height", to=-9),
         "width or height not positive",
@@ -308,6 +310,7 @@ WARNINGS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "left of it": (changed(*BOX, "bbox", to=[-1, 1, 5, 5]), CUT, "5 [-1.0, 1.0, 5.0, 5.0]"),
     "right of it": (changed(*BOX, "bbox", to=[96, 1, 5, 5]), CUT, "5 [96.0, 1.0, 5.0, 5.0]"),
     "unused class": (changed(*BOX, "category_id", to=1), "categories without boxes", "dog"),
+    "another case": (changed(*CATEGORY, "name", to="CAT "), ALIKE, "'CAT ' and 'cat'"),
     "shared file": (
         changed(*IMAGE, "file_name", to="a.jpg"),
         "images that share a file",

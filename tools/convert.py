@@ -25,6 +25,7 @@ import shutil
 from pathlib import Path
 
 from data import checks, coco_arrays, coco_json, coco_rules, conversion, locate
+from data.files import files_below
 from data.labelled import SPLITS, Sample
 from data.splits import log_warnings
 from utils import UserError, file_errors, logger, run_command
@@ -37,19 +38,21 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
         UserError: if there is no such file, or one with errors in it.
     """
     files: dict[str, Path] = {}
-    for split, folders in (("train", ["train"]), ("val", ["val", "valid"])):
+    for split, folders in (("train", ["train"]), ("val", ["val", "valid", "test"])):
         paths = [root / "annotations" / f"instances_{split}{year}.json" for year in ("2017", "")]
         paths += [root / folder / "_annotations.coco.json" for folder in folders]
         paths = [path for path in paths if path.is_file()]
         files |= {split: paths[0]} if paths else {}
     if "train" not in files:
-        paths = sorted(path for path in root.rglob("*.json") if path.is_file())
+        paths = files_below(root, ".json")
         if len(paths) != 1:
             usual = "annotations/instances_{train,val}2017.json"
             raise UserError(
                 f"{root} has {len(paths)} JSON files; give a folder with one, or {usual}"
             )
         files = {"train": paths[0]}
+    if files.get("val", root).parent.name == "test":
+        logger.warning("%s: no val, test is used", root.name)
     located = {split: _locate(path, root, split) for split, path in files.items()}
     categories = list(located["train"][0].categories)
     if "val" in located:
@@ -63,7 +66,8 @@ def _locate(path: Path, root: Path, split: str) -> tuple[coco_arrays.Annotations
     """Read a COCO JSON file; return it with the folder that has the most of its images."""
     annotations, findings = coco_json.read_annotations(path)
     folders = [root / f"{split}2017", path.parent, root / split, root / "images", root]
-    folders = [folder for folder in folders if folder.is_dir()]
+    folders += [root / "data", root / "images" / "default"]  # of FiftyOne, and of CVAT
+    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     located = {folder: locate.locate_images(annotations, folder) for folder in folders}
 
     def count_missing(folder: Path) -> int:
@@ -223,9 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     lists = {s: path.absolute() if path.exists() else path for s, path in lists.items() if path}
     if lists and (flags.layout == "coco" or "train" not in lists):
         raise UserError("--train-list is needed beside --val-list, and neither is for coco")
+    if not folder.is_dir() and not (flags.layout == "yolo" and folder.is_file()):
+        raise UserError(f"{folder} is no folder; give the one with the images and their boxes")
     if flags.layout == "coco":
-        if not folder.is_dir():
-            raise UserError(f"{folder} is no folder; give the one with the JSON file and images")
         samples, categories = read_coco(folder)
     else:
         layout = conversion.find(flags.layout, folder, lists)
