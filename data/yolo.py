@@ -45,7 +45,7 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     else:
         config, names = _read_yaml(path)
         for other in _class_lists(base):
-            if [line for _, line in read_lines(other)] != names:
+            if [line for _, line in read_lines(other, "replace")] != names:
                 findings.add("class lists that differ from the one used", other)
     if twice := _twice(names):
         raise UserError(f"{path}: the name {twice[0]!r} occurs twice; name each class once")
@@ -131,7 +131,9 @@ def _read_names(path: Path) -> list[str]:
         UserError: if a line is blank, a comment, or holds more than a name.
     """
     lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
-    is_numbered = len(lines) > 1 and all(re.match(r"\d+[\s:,]", line) for line in lines)
+    found = [re.match(r"(\d+)[\s:,]", line) for line in lines]
+    numbers = [int(match[1]) for match in found if match]
+    is_numbered = bool(lines) and numbers in ([*range(len(lines))], [*range(1, len(lines) + 1)])
     for row, line in enumerate(lines, start=1):
         if not line or line.startswith("#") or is_numbered or (len(lines) == 1 and "," in line):
             reason = f"{line[:40]!r} is no name of a class" if line else "is blank"

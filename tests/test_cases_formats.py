@@ -366,6 +366,14 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ("red", "blue"),
         {"class lists that differ from the one used": 1},
     ),
+    "classes that begin with a number": (
+        both(
+            lambda root: (root / "data.yaml").unlink(),
+            put("classes.txt", "2 wheels\n4 wheels\n"),
+        ),
+        ("2 wheels", "4 wheels"),
+        {},
+    ),
     "v27_root_tag": (
         both(replace(XML, "annotation>", "Annotation>")),
         ("red", "blue"),
