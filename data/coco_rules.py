@@ -128,6 +128,7 @@ _FOLDER_WARNINGS = {
     "label lines with keypoints": "used without them",
     "label lines without width or height": "left out",
     "label lines that occur twice in a file": "used once",
+    "objects that occur twice in a file": "used once",
 }
 # What can be wrong with data: severity, and the fix, or what is done about it.
 FOLDER_RULES = {what: ("error", fix) for what, fix in _FOLDER_ERRORS.items()} | {

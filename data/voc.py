@@ -240,6 +240,7 @@ def _read_size(
 
 
 def _read_objects(tree: Element, label: Path, sample: Sample, findings: Findings) -> None:
+    seen = set[tuple[str, ...]]()
     for element in tree.findall("object"):
         name, difficult = _text(element, "name"), _text(element, "difficult")
         corners = {corner: _text(element, f"bndbox/{corner}") for corner in _CORNERS}
@@ -268,5 +269,9 @@ def _read_objects(tree: Element, label: Path, sample: Sample, findings: Findings
         is_difficult = difficult.lower() in ("1", "true")
         if not is_difficult and difficult.lower() not in ("", "0", "false"):
             findings.add("<difficult> that is neither 0 nor 1", where, f" {difficult[:20]!r}")
+        if (name, *corners.values()) in seen:
+            findings.add("objects that occur twice in a file", where)
+            continue
+        seen.add((name, *corners.values()))
         # The first pixel is number 1, and the last one belongs to the box.
         sample.add_box((x1 - 1, y1 - 1, x2, y2), name, is_difficult, findings, where)

@@ -374,6 +374,11 @@ USED: dict[str, tuple[Edit, tuple[str, ...], dict[str, int]]] = {
         ("2 wheels", "4 wheels"),
         {},
     ),
+    "voc, an object twice": (
+        replace(XML, "</annotation>", xml_object("blue", BLUE) + "</annotation>"),
+        ("red", "blue"),
+        {"objects that occur twice in a file": 5},
+    ),
     "v27_root_tag": (
         both(replace(XML, "annotation>", "Annotation>")),
         ("red", "blue"),
