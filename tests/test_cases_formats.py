@@ -688,6 +688,35 @@ def test_a_label_file_in_the_other_form_of_unicode_belongs_to_its_image(tmp_path
     assert findings == []
 
 
+@pytest.mark.parametrize(
+    "file, images",
+    [("labels.json", "data"), ("annotations/instances_default.json", "images/default")],
+    ids=["FiftyOne", "CVAT"],
+)
+def test_coco_images_are_found_where_tools_put_them(file: str, images: str, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for i in range(3):
+        save(root / images / f"{i}.png", i)
+    rows = [{"id": i, "file_name": f"{i}.png", "width": 120, "height": 90} for i in range(3)]
+    boxes = [
+        {"id": i + 1, "image_id": i, "category_id": 1, "bbox": red(i), "iscrowd": 0, "area": 9}
+        for i in range(3)
+    ]
+    categories = [{"id": 1, "name": "red"}]
+    document = {"images": rows, "annotations": boxes, "categories": categories}
+    write(root / file, json.dumps(document))
+    assert convert.main(["coco", str(root), str(tmp_path / "made")]) == 0
+    made = coco_boxes(tmp_path / "made" / "annotations")
+    assert made == {f"{i}.png": [("red", red(i))] for i in range(3)}
+
+
+def test_true_means_difficult(tmp_path: Path) -> None:
+    root = voc(tmp_path / "data")
+    replace("Annotations/t1.xml", "<difficult>0", "<difficult>True")(root)
+    document = json.loads(conversion.coco_paths("voc", root)["train_annotations"].read_text())
+    assert [row["iscrowd"] for row in document["annotations"]] == [0, 0, 1, 1, 0, 0]
+
+
 def test_coco_test_is_used_where_there_is_no_val(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1153,6 +1182,9 @@ def test_e01_yolo_boxes_lie_where_viewers_show_them(
     paths = conversion.coco_paths("yolo", root)
     annotations, _ = coco_json.read_annotations(paths["train_annotations"])
     assert len(annotations) == 8
+    (rule,) = (rule for rule in coco_rules.RULES if "turned by EXIF" in rule)
+    counts = {f.what: f.count for f in conversion.read_origin(paths["train_annotations"])[1]}
+    assert counts.get(rule, 0) == (0 if kind == "tiff" else 7)  # PIL turns TIFF by itself
     np.testing.assert_allclose(annotations.boxes_xywh, [red(1)] * 8)
     for i in range(8):
         file, folder = annotations.file_name(i), paths["train_images"]
