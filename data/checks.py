@@ -93,7 +93,7 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
     width, height = images["width"], images["height"]
     is_large = width.astype(np.float64) * height > MAX_PIXELS
     is_unsafe = [number for number, name in enumerate(names) if is_unsafe_name(name)]
-    named_classes = np.array([bool(name.strip()) for name in classes], bool)
+    is_nameless = np.array([not name.strip() for name in classes], bool)
     spellings: dict[str, set[str]] = {}
     for name in classes:
         spellings.setdefault(" ".join(name.lower().split()), set()).add(name)
@@ -128,7 +128,7 @@ def _check_lists(images: Columns, annotations: Columns, categories: Columns) -> 
         *finding("no categories", [] if len(classes) else ["$.categories"]),
         *finding("category ids that occur twice", _repeated(categories["id"])),
         *finding("category names that occur twice", _repeated(classes)),
-        *finding("category names that are empty", categories["id"][~named_classes]),
+        *finding("category names that are empty", categories["id"][is_nameless]),
         *finding("categories that differ in case or blanks only", alike),
         *finding("categories named background", background, repr),
         *finding("categories without boxes", classes[is_unused]),

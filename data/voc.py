@@ -64,11 +64,11 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     if choice in _PAIRS[1:]:
         case = f"{choice[0]} for train, {choice[1]} for val"
         splits["train"].findings.add("no lists train and val", case)
-    elif not chosen and lists.keys() - all_lists.keys():
+    elif not chosen and lists.keys() - all_lists.keys():  # it is default.txt
         splits["train"].findings.add("no lists train and val", lists["train"])
-    for split in splits.values():
+    for name, split in zip(choice or ("train",), splits.values(), strict=True):
         if split.is_listed and not split.labels and not split.findings.cases:
-            raise UserError(f"--data-path {root}: a list of {', '.join(lists)} names no image")
+            raise UserError(f"--data-path {root}: {lists[name]} names no image")
         if not split.images and not split.findings.cases:
             raise UserError(
                 f"--data-path {root}: no images in {split.root}; put them there, or, beside "

@@ -64,7 +64,7 @@ def find(root: Path, chosen: Mapping[str, Path]) -> Layout:
     entries = {split: [os.fspath(path)] for split, path in chosen.items()} or entries
     if not entries["train"]:
         raise UserError(f"{path} has no train: a folder of images, or a list of folders")
-    splits, sources = {}, [path]
+    splits, sources = {}, [path, *_class_lists(base)]
     for split, texts in entries.items():
         images = list[Path]()
         for text in texts:
@@ -106,7 +106,8 @@ def _without_yaml(root: Path) -> tuple[Path, dict[str, Any], list[str]]:
     if not files:
         raise UserError(
             f"{root} has no YAML file; give the folder with data.yaml (names, train "
-            "and val), or one with classes.txt, images/ and labels/"
+            "and val), or one with classes.txt beside images/ and labels/, or beside all images "
+            "and their labels"
         )
     lists = [_read_names(path) for path in files]
     names = lists[0]

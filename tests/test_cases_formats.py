@@ -739,7 +739,7 @@ def test_coco_test_is_used_where_there_is_no_val(
         write(root / split / "._annotations.coco.json", b"\0")
     assert convert.main(["coco", str(root), str(tmp_path / "made")]) == 0
     assert sorted(p.name for p in (tmp_path / "made/val2017").iterdir()) == ["3.png", "4.png"]
-    assert "data: no val, test is used" in caplog.messages
+    assert "data: warning: no val (test is used)" in caplog.messages
 
 
 LINE = "labels/train/t1.txt"
@@ -878,7 +878,10 @@ REFUSED: dict[str, tuple[Edit, list[str]]] = {
         put("ImageSets/Main/train.txt", "t0\nt1 t2"),
         [r"list lines that name several images: ImageSets/Main/train\.txt:2 t1 t2"],
     ),
-    "voc, an empty list": (put("ImageSets/Main/val.txt", ""), [r"a list of train, val names no"]),
+    "voc, an empty list": (
+        put("ImageSets/Main/val.txt", ""),
+        [r"ImageSets/Main/val\.txt names no image"],
+    ),
     "a broken link": (
         lambda root: (root / "images/train/x.png").symlink_to("/nowhere/x.png"),
         [r"image files missing: images/train/x\.png is missing"],
@@ -1608,7 +1611,7 @@ def test_errors_and_warnings_name_the_folder_of_the_user_and_no_cached_file(
     assert caplog.messages == [
         "data: train: warning: categories without boxes: blue (kept as classes)"
     ]
-    annotations = keep_lines("^</?annotation.*$" if layout == "voc" else "^$^")
+    annotations = keep_lines("^</?annotation.*$" if layout == "voc" else "nothing")
     assert caplog.messages == []
     with pytest.raises(UserError) as caught:
         checks.require_boxes(annotations)
@@ -1625,6 +1628,14 @@ def test_convert_refuses_a_set_without_a_box_to_train_on(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     assert convert.main([*command, "--keep-empty"]) == 0
     assert len(list((tmp_path / "made/train2017").iterdir())) == 3
+
+
+def test_a_class_list_beside_the_yaml_file_is_compared_again(tmp_path: Path) -> None:
+    root = yolo(tmp_path / "data")
+    for text, count in (("red\nblue", 0), ("blue\nred", 1), ("red\nblue", 0)):
+        write(root / "classes.txt", text)
+        findings = read("yolo", root)[1]
+        assert sum("class lists that differ" in finding.what for finding in findings) == count
 
 
 def test_a_file_that_changes_is_converted_again(tmp_path: Path) -> None:

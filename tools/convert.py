@@ -15,7 +15,6 @@ from __future__ import annotations
 if not __package__:  # run as a file, it would not find the modules beside tools/
     raise SystemExit("run it as: python -m tools.convert")
 
-import argparse
 import dataclasses
 import json
 import os
@@ -28,6 +27,7 @@ from data import checks, coco_arrays, coco_json, coco_rules, conversion, locate
 from data.files import files_below
 from data.labelled import SPLITS, Sample
 from data.splits import log_warnings
+from runtime.flags import ArgumentParser
 from utils import UserError, file_errors, logger, run_command
 
 
@@ -52,7 +52,7 @@ def read_coco(root: Path) -> tuple[dict[str, list[Sample]], list[tuple[int, str]
             )
         files = {"train": paths[0]}
     if files.get("val", root).parent.name == "test":
-        logger.warning("%s: no val, test is used", root.name)
+        logger.warning("%s: warning: no val (test is used)", root.name)
     located = {split: _locate(path, root, split) for split, path in files.items()}
     categories = list(located["train"][0].categories)
     if "val" in located:
@@ -191,12 +191,9 @@ def write(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Declare the flags."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = ArgumentParser((__doc__ or "").split("\n\n")[0])
     parser.add_argument("layout", choices=(*conversion.LAYOUTS, "coco"), help="of FOLDER")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="for YOLO, or its YAML file")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a new folder")
