@@ -213,7 +213,19 @@ def check_boxes(annotations: Annotations) -> list[Finding]:
         *finding("boxes partly outside of their image", is_cut, box),
         *finding("boxes that look like shares of the image", is_share, box),
         *finding("boxes that look like x1 y1 x2 y2", corners),
+        *finding("boxes that occur twice in an image", _repeated_boxes(annotations), box),
     ]
+
+
+def _repeated_boxes(annotations: Annotations) -> np.ndarray:
+    """Return the rows that repeat another one of their image, class and kind, to the bit."""
+    image, kind = annotations.image_of_annotation(), annotations.iscrowd
+    rows = np.column_stack([image, annotations.category_index, kind, annotations.boxes_xywh])
+    # Equal rows have equal sums. Sorting by one number takes a tenth of sorting by seven.
+    with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308, reported as outside
+        order = np.argsort((rows * np.sqrt([2, 3, 5, 7, 11, 13, 17])).sum(axis=1), kind="stable")
+    is_same = (rows[order[1:]] == rows[order[:-1]]).all(axis=1)
+    return np.sort(order[1:][is_same])
 
 
 def corner_statistics(boxes: np.ndarray, limit: np.ndarray, leaves: np.ndarray) -> list[str]:

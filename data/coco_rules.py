@@ -75,6 +75,7 @@ _WARNINGS = {
     "boxes without width or height in their image": "not trained on",
     "boxes partly outside of their image": "clipped to train",
     "boxes that look like x1 y1 x2 y2": "are they? look: check_data --plot",
+    "boxes that occur twice in an image": "all are used: delete the copies",
     "no box to evaluate with": "AP will be -1",
     "file names in another spelling": "the matching files are used",
     "image files in a slow format": "read by PIL; JPEG and PNG are faster",

@@ -56,6 +56,7 @@ NUMBERED = "annotations without an id of their own"
 UNSIZED = "images without width or height"
 ALIKE = "categories that differ in case or blanks only"
 CUT = "boxes partly outside of their image"
+TWICE = "boxes that occur twice in an image"
 ERRORS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "empty file": (
         lambda: b"",
@@ -311,6 +312,7 @@ WARNINGS: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "right of it": (changed(*BOX, "bbox", to=[96, 1, 5, 5]), CUT, "5 [96.0, 1.0, 5.0, 5.0]"),
     "unused class": (changed(*BOX, "category_id", to=1), "categories without boxes", "dog"),
     "another case": (changed(*CATEGORY, "name", to="CAT "), ALIKE, "'CAT ' and 'cat'"),
+    "box twice": (changed("annotations", 3, "bbox", to=[1, 2.5, 30, 40]), TWICE, "9 [1.0, 2.5, 3"),
     "shared file": (
         changed(*IMAGE, "file_name", to="a.jpg"),
         "images that share a file",
@@ -354,6 +356,17 @@ def test_warning_states_its_rule(case: str, tmp_path: Path) -> None:
     (warning,) = [warning for warning in warnings if warning.what == what]
     assert (warning.severity, warning.count) == ("warning", 1)
     assert warning.cases[0].startswith(ids)
+
+
+@pytest.mark.parametrize("other", [{"image": 10}, {"category": 2}, {"iscrowd": 1}])
+def test_same_numbers_in_another_image_or_of_another_class_are_no_box_twice(
+    other: dict[str, int], tmp_path: Path
+) -> None:
+    document = valid()
+    copy_of_first = {"number": 11, "image": 20, "category": 1, "box": [1, 2.5, 30, 40], **other}
+    document["annotations"].append(annotation(**copy_of_first))  # type: ignore[arg-type]
+    _, warnings = coco_json.read_annotations(write(tmp_path, json.dumps(document).encode()))
+    assert TWICE not in [warning.what for warning in warnings]
 
 
 def test_every_rule_on_a_file_has_a_fixture() -> None:
