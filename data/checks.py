@@ -219,13 +219,17 @@ def check_boxes(annotations: Annotations) -> list[Finding]:
 
 def _repeated_boxes(annotations: Annotations) -> np.ndarray:
     """Return the rows that repeat another one of their image, class and kind, to the bit."""
-    image, kind = annotations.image_of_annotation(), annotations.iscrowd
-    rows = np.column_stack([image, annotations.category_index, kind, annotations.boxes_xywh])
-    # Equal rows have equal sums. Sorting by one number takes a tenth of sorting by seven.
+    columns = [annotations.image_of_annotation(), annotations.category_index, annotations.iscrowd]
+    columns += list(annotations.boxes_xywh.T)
+    # Equal rows have equal sums, so that one number is sorted, and not seven.
     with np.errstate(over="ignore", invalid="ignore"):  # boxes of 1e308, reported as outside
-        order = np.argsort((rows * np.sqrt([2, 3, 5, 7, 11, 13, 17])).sum(axis=1), kind="stable")
-    is_same = (rows[order[1:]] == rows[order[:-1]]).all(axis=1)
-    return np.sort(order[1:][is_same])
+        roots = np.sqrt([2, 3, 5, 7, 11, 13, 17])
+        sums = sum(column * root for column, root in zip(columns, roots, strict=True))
+        order = np.argsort(sums, kind="stable")
+        pairs = np.flatnonzero(np.diff(sums[order]) == 0)
+    first, second = order[pairs], order[pairs + 1]
+    is_same = np.all([column[first] == column[second] for column in columns], axis=0)
+    return np.sort(second[is_same])
 
 
 def corner_statistics(boxes: np.ndarray, limit: np.ndarray, leaves: np.ndarray) -> list[str]:
