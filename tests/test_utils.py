@@ -388,11 +388,12 @@ def test_an_exception_leaves_the_group_and_its_process_ends_all_the_same(tmp_pat
 
 FAIL = """
 import atexit, os, sys, time
+from pathlib import Path
 import torch.distributed as dist
 import train
 from runtime.distributed import join_process_group
 
-rank = os.environ["RANK"]
+rank, left = os.environ["RANK"], Path(__file__).with_name("left")
 destroy = dist.destroy_process_group
 dist.destroy_process_group = lambda: destroy() if rank == "1" else time.sleep(1000)
 if rank == "0":
@@ -401,7 +402,10 @@ if rank == "0":
 def main(args):
     with join_process_group("cpu"):
         if rank == "0":
+            while not left.exists():  # else rank 1, which may still be joining, fails as well
+                time.sleep(0.01)
             raise ValueError("on rank 0")
+    left.touch()
 
 train.main = main
 train.parse_args = lambda: None
